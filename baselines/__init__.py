@@ -1,0 +1,1 @@
+"""Policy interface and heuristic baselines of the three scheduling layers."""

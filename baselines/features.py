@@ -1,0 +1,170 @@
+"""From a view to feature arrays: the only place that encodes what a learned policy sees.
+
+Every feature has a fixed, documented scale, so that an observation means the same in training, in evaluation and on a
+live cluster, and nothing is normalised per engine slot. One compiled function fills them everywhere. Counts and token amounts enter as logarithms: in log space the
+product rules of the literature (LMetric: prefill work x batch size) are linear, and the features stay of order one from
+an idle engine to an overloaded one. Relative features compare an engine with the best one at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from servegym.baselines.interface import (
+    E_AVAILABLE,
+    E_DECODE_STEP_S,
+    E_DISPATCHED_SINCE,
+    E_HIT_TOKENS,
+    E_INFLIGHT,
+    E_INFLIGHT_PROMPT_TOKENS,
+    E_ITL_EWMA_S,
+    E_KV_TOKENS,
+    E_KV_USAGE,
+    E_MAX_NUM_SEQS,
+    E_PREFILL_REQUESTS,
+    E_PREFILL_TOKENS,
+    E_PREFILL_TOKENS_PER_S,
+    E_RUNNING,
+    E_SESSION_HOME,
+    E_TELEMETRY_AGE_S,
+    E_TTFT_EWMA_S,
+    E_USER_HOME,
+    E_WAITING,
+    R_DEADLINE_S,
+    R_PRIORITY,
+    R_PROMPT_TOKENS,
+    R_TURN,
+    EngineViews,
+    FloatArray,
+    RequestView,
+)
+
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """Name and meaning of one feature."""
+
+    name: str
+    meaning: str
+
+
+ENGINE_FEATURES: tuple[Feature, ...] = (
+    Feature("log_prefill_work", "ln of prefill tokens ahead of and in this request, uncached, in 1,000 tokens"),
+    Feature("log_batch", "ln(1 + requests in flight), minus ln 32"),
+    Feature("log_prefill_queue", "ln(1 + outstanding prefill tokens / 1,000)"),
+    Feature("log_prefill_requests", "ln(1 + requests without first token)"),
+    Feature("log_waiting", "ln(1 + waiting requests), telemetry"),
+    Feature("log_running", "ln(1 + running requests), telemetry, minus ln 32"),
+    Feature("log_dispatched_since", "ln(1 + requests sent since the telemetry snapshot)"),
+    Feature("kv_usage", "share of KV blocks in use, telemetry"),
+    Feature("telemetry_age", "ln(1 + age of the telemetry / 0.1 s)"),
+    Feature("hit_share", "share of the prompt believed cached there"),
+    Feature("user_home", "1 at the engine that served this user last"),
+    Feature("session_home", "1 at the engine that served this session last"),
+    Feature("ttft", "ln(1 + moving average of TTFT / 0.1 s)"),
+    Feature("itl", "ln(1 + moving average of ITL / 10 ms)"),
+    Feature("batch_share", "requests in flight / max_num_seqs"),
+    Feature("prompt_share", "prompt tokens in flight / KV capacity"),
+    Feature("prefill_time", "ln(1 + prefill work / calibrated prefill rate / 0.1 s)"),
+    Feature("decode_step", "ln of the calibrated decode step / 10 ms"),
+    Feature("relative_prefill_work", "log_prefill_work minus its minimum over available engines"),
+    Feature("relative_batch", "log_batch minus its minimum over available engines"),
+    Feature("relative_kv_usage", "kv_usage minus its minimum over available engines"),
+)
+
+REQUEST_FEATURES: tuple[Feature, ...] = (
+    Feature("log_prompt", "ln of the prompt length in 1,000 tokens"),
+    Feature("urgency", "1 / (1 + deadline in s), 0 without one"),
+    Feature("priority", "tanh(priority / 10)"),
+    Feature("follow_up", "1 for a later turn of a session"),
+    Feature("log_engines", "ln of the number of available engines"),
+    Feature("mean_log_batch", "mean of log_batch over available engines"),
+    Feature("mean_log_prefill_queue", "mean of log_prefill_queue over available engines"),
+    Feature("mean_kv_usage", "mean of kv_usage over available engines"),
+)
+
+ENGINE_FEATURE_NAMES = tuple(feature.name for feature in ENGINE_FEATURES)
+REQUEST_FEATURE_NAMES = tuple(feature.name for feature in REQUEST_FEATURES)
+_RELATIVE_TO = ((18, 0), (19, 1), (20, 7))  # relative feature -> the feature whose minimum it is relative to
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def fill_dispatch_features(
+    request: FloatArray, engines: FloatArray, engine_features: Float32Array, request_features: Float32Array
+) -> None:
+    """Fill the features of one dispatch decision; rows of unavailable engines are zero.
+
+    Args:
+        request: row of ``R_*`` entries, shape (REQUEST_COLUMNS,).
+        engines: matrix of ``E_*`` columns, shape (engines, ENGINE_COLUMNS).
+        engine_features: output, shape (at least engines, len(ENGINE_FEATURES)); rows beyond are set to zero.
+        request_features: output, shape (len(REQUEST_FEATURES),).
+    """
+    prompt = request[R_PROMPT_TOKENS]
+    engine_features[:, :] = 0.0
+    count, sum_batch, sum_queue, sum_kv = 0, 0.0, 0.0, 0.0
+    for i in range(engines.shape[0]):
+        engine = engines[i]
+        if engine[E_AVAILABLE] <= 0.0:
+            continue
+        out = engine_features[i]
+        hit = min(engine[E_HIT_TOKENS], prompt - 1.0)
+        work = engine[E_PREFILL_TOKENS] + prompt - hit
+        out[0] = math.log(work * 1e-3)
+        out[1] = math.log1p(engine[E_INFLIGHT]) - math.log(32.0)
+        out[2] = math.log1p(engine[E_PREFILL_TOKENS] * 1e-3)
+        out[3] = math.log1p(engine[E_PREFILL_REQUESTS])
+        out[4] = math.log1p(engine[E_WAITING])
+        out[5] = math.log1p(engine[E_RUNNING]) - math.log(32.0)
+        out[6] = math.log1p(engine[E_DISPATCHED_SINCE])
+        out[7] = engine[E_KV_USAGE]
+        out[8] = math.log1p(engine[E_TELEMETRY_AGE_S] * 10.0)
+        out[9] = hit / prompt
+        out[10] = engine[E_USER_HOME]
+        out[11] = engine[E_SESSION_HOME]
+        out[12] = math.log1p(engine[E_TTFT_EWMA_S] * 10.0)
+        out[13] = math.log1p(engine[E_ITL_EWMA_S] * 100.0)
+        out[14] = engine[E_INFLIGHT] / engine[E_MAX_NUM_SEQS]
+        out[15] = engine[E_INFLIGHT_PROMPT_TOKENS] / engine[E_KV_TOKENS]
+        out[16] = math.log1p(work / engine[E_PREFILL_TOKENS_PER_S] * 10.0)
+        out[17] = math.log(engine[E_DECODE_STEP_S] * 100.0)
+        count += 1
+        sum_batch += out[1]
+        sum_queue += out[2]
+        sum_kv += out[7]
+    for relative, base in _RELATIVE_TO:
+        lowest = np.inf
+        for i in range(engines.shape[0]):
+            if engines[i, E_AVAILABLE] > 0.0:
+                lowest = min(lowest, engine_features[i, base])
+        for i in range(engines.shape[0]):
+            if engines[i, E_AVAILABLE] > 0.0:
+                engine_features[i, relative] = engine_features[i, base] - lowest
+    present = max(count, 1)
+    request_features[0] = math.log(prompt * 1e-3)
+    request_features[1] = 1.0 / (1.0 + request[R_DEADLINE_S])
+    request_features[2] = math.tanh(request[R_PRIORITY] * 0.1)
+    request_features[3] = 1.0 if request[R_TURN] > 0 else 0.0
+    request_features[4] = math.log(present)
+    request_features[5] = sum_batch / present
+    request_features[6] = sum_queue / present
+    request_features[7] = sum_kv / present
+
+
+def dispatch_features(request: RequestView, engines: EngineViews) -> tuple[Float32Array, Float32Array]:
+    """Return the features of one dispatch decision.
+
+    Returns:
+        engine features, shape (engines, len(ENGINE_FEATURES)), and request features, shape (len(REQUEST_FEATURES),).
+    """
+    engine_features = np.empty((len(engines), len(ENGINE_FEATURES)), dtype=np.float32)
+    request_features = np.empty(len(REQUEST_FEATURES), dtype=np.float32)
+    fill_dispatch_features(request.row(), engines.data, engine_features, request_features)
+    return engine_features, request_features

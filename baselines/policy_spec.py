@@ -1,0 +1,96 @@
+"""Naming a policy: the layer, the name and the parameters, from a config, a string or a command-line option."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from servegym.configuration import Config, validate
+from servegym.errors import InputError, nearest
+
+Layer = Literal["request", "engine", "expert"]
+LAYERS: tuple[Layer, ...] = get_args(Layer)
+
+
+class PolicySpec(Config):
+    """Which policy, with which parameters; a config may write a plain string in its place.
+
+    >>> PolicySpec.parse("spf_aging,gamma=50")
+    PolicySpec(name='spf_aging', params={'gamma': 50})
+    >>> str(PolicySpec(name="spf_aging", params={"gamma": 50}))
+    'spf_aging,gamma=50'
+    """
+
+    name: str = Field(min_length=1, description="registered name, module:Class, file.py:Class, or a policy bundle")
+    params: dict[str, Any] = Field(
+        default_factory=dict, description="parameters by name; the others keep their defaults"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return _split(value) if isinstance(value, str) else value
+
+    @classmethod
+    def parse(cls, text: str) -> PolicySpec:
+        """Read ``NAME`` or ``NAME,key=value,key=value``.
+
+        Raises:
+            InputError: no name, or a part that is not ``key=value``.
+        """
+        return validate(cls, _split(text), "policy")
+
+    def __str__(self) -> str:
+        return ",".join([self.name, *(f"{key}={value}" for key, value in self.params.items())])
+
+
+def parse_layer(text: str) -> Layer:
+    """Return ``text`` as a layer.
+
+    Raises:
+        InputError: not one of ``request``, ``engine``, ``expert``.
+    """
+    for layer in LAYERS:
+        if text == layer:
+            return layer
+    raise InputError("policy", text, f"unknown layer; {nearest(text, LAYERS)}; allowed: {', '.join(LAYERS)}")
+
+
+def parse_policy_option(option: str) -> tuple[Layer, PolicySpec]:
+    """Read the value of ``--policy``: ``LAYER=NAME`` or ``LAYER=NAME,key=value``.
+
+    Raises:
+        InputError: no ``=``, an unknown layer, no name, or a part that is not ``key=value``.
+
+    >>> parse_policy_option("engine=session_sticky,max_gap=8")
+    ('engine', PolicySpec(name='session_sticky', params={'max_gap': 8}))
+    """
+    layer, equals, text = option.partition("=")
+    if not equals:
+        raise InputError("--policy", option, "allowed: LAYER=NAME or LAYER=NAME,key=value, such as engine=lmetric")
+    return parse_layer(layer.strip()), PolicySpec.parse(text)
+
+
+def _split(text: str) -> dict[str, Any]:
+    name, *assignments = (part.strip() for part in text.split(","))
+    if not name:
+        raise InputError("policy", text, "no name; allowed: NAME or NAME,key=value")
+    params: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = (part.strip() for part in assignment.partition("="))
+        if not equals or not key:
+            raise InputError("policy", text, f"got {assignment!r} after the name; allowed: key=value")
+        if key in params:
+            raise InputError("policy", text, f"{key} is given twice")
+        params[key] = _scalar(value)
+    return {"name": name, "params": params}
+
+
+def _scalar(text: str) -> Any:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)

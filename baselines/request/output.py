@@ -1,0 +1,95 @@
+"""Orders by output length: true (an oracle that only a simulator can grant) or predicted."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from servegym.baselines.heuristic import RequestHeuristic
+from servegym.baselines.interface import (
+    Q_COMPUTED_TOKENS,
+    Q_OUTPUT_TOKENS,
+    Q_PREDICTED_TOKENS,
+    Q_PROMPT_TOKENS,
+    FloatArray,
+    QueueView,
+)
+from servegym.baselines.registry import register
+from servegym.configuration import Config
+
+
+@register("request", "sjf_oracle", source="SSJF with perfect predictions, arXiv 2404.08509")
+class SjfOracle(RequestHeuristic):
+    """Shortest output first, by the true output length: what a perfect length predictor would give.
+
+    ``score = output_tokens``; equal ones keep the order of the queue.
+    """
+
+    static: ClassVar[bool] = True
+    needs_oracle: ClassVar[bool] = True
+
+    def score(self, queue: QueueView) -> FloatArray:
+        """Return the true output lengths, shape (waiting,)."""
+        return queue.output_tokens.copy()
+
+    @staticmethod
+    def compiled(item: FloatArray, context: FloatArray, params: FloatArray) -> float:
+        """Score one waiting request."""
+        return item[Q_OUTPUT_TOKENS]  # type: ignore[no-any-return]
+
+
+@register("request", "srpt_oracle", source="shortest remaining processing time (textbook); the weight is ours")
+class SrptOracle(RequestHeuristic):
+    """Least total work first: remaining prefill plus the true output, in prefill tokens.
+
+    ``score = prompt_tokens - computed_tokens + decode_weight * output_tokens``.
+    """
+
+    class Params(Config):
+        """Parameters."""
+
+        decode_weight: float = Field(20.0, ge=0, le=1e6, description="prefill tokens that one output token costs")
+
+    static: ClassVar[bool] = True
+    needs_oracle: ClassVar[bool] = True
+    params: Params
+
+    def score(self, queue: QueueView) -> FloatArray:
+        """Return the work of each request in prefill tokens, shape (waiting,)."""
+        remaining = queue.prompt_tokens - queue.computed_tokens
+        return remaining + self.params.decode_weight * queue.output_tokens
+
+    @staticmethod
+    def compiled(item: FloatArray, context: FloatArray, params: FloatArray) -> float:
+        """Score one waiting request."""
+        remaining = item[Q_PROMPT_TOKENS] - item[Q_COMPUTED_TOKENS]
+        return remaining + params[0] * item[Q_OUTPUT_TOKENS]  # type: ignore[no-any-return]
+
+
+@register("request", "sjf_predicted", source="SSJF, arXiv 2404.08509")
+class SjfPredicted(RequestHeuristic):
+    """Shortest predicted output first.
+
+    ``score = predicted_tokens``, or ``unknown_tokens`` where the workload carries no prediction.
+    """
+
+    class Params(Config):
+        """Parameters."""
+
+        unknown_tokens: float = Field(256.0, ge=0, description="output length assumed without a prediction, tokens")
+
+    static: ClassVar[bool] = True
+    params: Params
+
+    def score(self, queue: QueueView) -> FloatArray:
+        """Return the predicted output lengths, shape (waiting,)."""
+        predicted = queue.predicted_tokens
+        return np.where(np.isnan(predicted), self.params.unknown_tokens, predicted)
+
+    @staticmethod
+    def compiled(item: FloatArray, context: FloatArray, params: FloatArray) -> float:
+        """Score one waiting request."""
+        predicted = item[Q_PREDICTED_TOKENS]
+        return params[0] if np.isnan(predicted) else predicted  # type: ignore[no-any-return]

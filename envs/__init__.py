@@ -1,0 +1,1 @@
+"""Simulator, workloads, profiles and Gymnasium environments."""

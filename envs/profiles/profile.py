@@ -1,0 +1,147 @@
+"""Profiles: the step time of one model on one hardware, and the limits of the engine that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from servegym.configuration import Config, load_config
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class TokenCurve(Config):
+    """A cost that depends on the tokens of a step: piecewise linear, extended beyond its ends by the last slope."""
+
+    tokens: tuple[PositiveInt, ...] = Field(min_length=2, description="support points, increasing")
+    us: tuple[NonNegative, ...] = Field(min_length=2, description="cost at each point, microseconds")
+
+    @model_validator(mode="after")
+    def _same_length_and_increasing(self) -> Self:
+        if len(self.tokens) != len(self.us):
+            raise ValueError(f"as many values in us ({len(self.us)}) as in tokens ({len(self.tokens)})")
+        if any(right <= left for left, right in zip(self.tokens, self.tokens[1:], strict=False)):
+            raise ValueError("tokens in increasing order")
+        return self
+
+    def at(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return the cost in microseconds at whole token counts, shape as ``tokens``; 0 at 0 tokens."""
+        cost = np.interp(tokens, self.tokens, self.us)
+        (left, right), (low, high) = self.tokens[-2:], self.us[-2:]
+        slope = (high - low) / (right - left)
+        cost = np.where(tokens > right, high + slope * (tokens - right), cost)
+        return np.asarray(np.where(tokens <= 0, 0.0, np.maximum(cost, 0.0)))
+
+
+class StepTime(Config):
+    """Duration of one engine step, in microseconds, for a batch of prefill chunks and decoding sequences::
+
+        fixed + per_sequence * sequences + dense(T) + moe_imbalance * moe(T) + communication(T)
+        + prefill_pair * sum over prefill chunks of c * (p + (c + 1) / 2)
+        + decode_context * sum over decoding sequences of their context length
+
+    with ``T`` all tokens of the step (for ``moe`` over all ranks of a lockstep cluster), ``c`` the tokens of a chunk and ``p`` the tokens of the sequence before it:
+    ``c * (p + (c + 1) / 2)`` counts the query-key pairs of causal attention. ``moe`` is the cost with balanced
+    experts; ``moe_imbalance`` is the load of the heaviest expert-parallel rank over the mean.
+    """
+
+    fixed_us: NonNegative = Field(description="launch, scheduling and sampling cost of every step")
+    per_sequence_us: NonNegative = Field(default=0.0, description="per scheduled sequence")
+    dense_us: TokenCurve = Field(description="projections, norms and other dense layers against tokens of the step")
+    moe_us: TokenCurve | None = Field(default=None, description="MoE layers with balanced experts")
+    moe_imbalance: Annotated[float, Field(ge=1)] = Field(default=1.0, description="heaviest rank over mean rank")
+    communication_us: TokenCurve | None = Field(default=None, description="all-to-all and all-reduce")
+    prefill_pair_us: NonNegative = Field(description="per query-key pair of prefill attention")
+    decode_context_us: NonNegative = Field(description="per context token of a decoding sequence")
+
+
+class EngineLimits(Config):
+    """vLLM's scheduler settings; names as in vLLM."""
+
+    block_size: PositiveInt = 16
+    num_blocks: PositiveInt = Field(description="KV blocks as vLLM counts them (num_gpu_blocks), the unusable null block included")
+    max_num_seqs: PositiveInt = 256
+    max_num_batched_tokens: PositiveInt = 8192
+    max_model_len: PositiveInt = 32768
+    long_prefill_token_threshold: Annotated[int, Field(ge=0)] = 0
+    enable_prefix_caching: bool = True
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+
+
+class Profile(Config):
+    """One model on one hardware. Units are in the names; ``source`` says what is measured and what is modelled."""
+
+    name: str
+    description: str
+    model: str
+    hardware: str
+    source: str = Field(description="where the numbers come from: what is measured, what is modelled")
+    engine: EngineLimits
+    step_time: StepTime
+
+    def compile(self, max_tokens: int | None = None) -> StepCost:
+        """Tabulate the cost for the simulator, up to ``max_tokens`` tokens a step (default: the engine's budget)."""
+        tokens = np.arange((max_tokens or self.engine.max_num_batched_tokens) + 1)
+        time = self.step_time
+        local = time.dense_us.at(tokens)
+        if time.communication_us is not None:
+            local = local + time.communication_us.at(tokens)
+        moe = np.zeros(len(tokens)) if time.moe_us is None else time.moe_imbalance * time.moe_us.at(tokens)
+        return StepCost(
+            local_table_s=local * 1e-6,
+            moe_table_s=moe * 1e-6,
+            fixed_s=time.fixed_us * 1e-6,
+            sequence_s=time.per_sequence_us * 1e-6,
+            pair_s=time.prefill_pair_us * 1e-6,
+            context_s=time.decode_context_us * 1e-6,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """A profile's step time in the form that the compiled kernel reads; all in seconds.
+
+    Attributes:
+        local_table_s: cost of dense layers and communication by tokens of the step, shape (max_tokens + 1,).
+        moe_table_s: cost of MoE layers by tokens of the step over all expert-parallel ranks, same shape.
+        fixed_s, sequence_s, pair_s, context_s: the coefficients of :class:`StepTime`.
+    """
+
+    local_table_s: npt.NDArray[np.float64]
+    moe_table_s: npt.NDArray[np.float64]
+    fixed_s: float
+    sequence_s: float
+    pair_s: float
+    context_s: float
+
+    def step_s(self, prefill: list[tuple[int, int]], decode_contexts: list[int]) -> float:
+        """Return the duration of one step, the reference that the kernel is tested against.
+
+        Args:
+            prefill: (tokens before, tokens of the chunk) of each prefill chunk.
+            decode_contexts: context length of each decoding sequence.
+        """
+        tokens = sum(chunk for _, chunk in prefill) + len(decode_contexts)
+        pairs = sum(chunk * (before + (chunk + 1) / 2) for before, chunk in prefill)
+        sequences = len(prefill) + len(decode_contexts)
+        return (
+            self.fixed_s
+            + self.sequence_s * sequences
+            + float(self.local_table_s[tokens] + self.moe_table_s[tokens])
+            + self.pair_s * pairs
+            + self.context_s * sum(decode_contexts)
+        )
+
+
+def load_profile(reference: str) -> Profile:
+    """Load a profile by the name of a shipped one or by path.
+
+    Raises:
+        InputError: unknown name, or a field that is missing or wrong.
+    """
+    return load_config(Profile, reference, "profiles")

@@ -1,0 +1,242 @@
+"""Lay out the memory of a simulated cluster for a table of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from servegym.baselines.interface import CONTEXT_COLUMNS, ENGINE_COLUMNS, QUEUE_COLUMNS, REQUEST_COLUMNS
+from servegym.envs.profiles.profile import EngineLimits, StepCost
+from servegym.envs.simulator.config import EngineSpec, Telemetry
+from servegym.envs.simulator.kernel.blocks import reset_pools
+from servegym.envs.simulator.kernel.scheduler import NEVER
+from servegym.envs.simulator.kernel.state import CLUSTER, ENGINE, NONE, PENDING, REQUEST, TELEMETRY
+from servegym.envs.workloads.table import RequestTable
+from servegym.errors import InputError
+
+
+class Memory:
+    """All memory of one run; the kernel finds it through the addresses in ``cluster``.
+
+    Attributes:
+        cluster: the CLUSTER record, shape (1,).
+        engines: ENGINE records, shape (engines,).
+        requests: REQUEST records, shape (requests,).
+        engine_view: view of the pending dispatch decision, shape (engines, ENGINE_COLUMNS).
+        request_row: its request, shape (REQUEST_COLUMNS,).
+        events: log of first tokens (2 r) and ends (2 r + 1), shape (2 * requests,), or empty.
+    """
+
+    def __init__(
+        self,
+        table: RequestTable,
+        engines: Sequence[EngineSpec],
+        *,
+        order: int,
+        telemetry: Telemetry,
+        lockstep: bool = False,
+        external_dispatch: bool = False,
+        log_events: bool = False,
+        engine_params: npt.ArrayLike = (),
+        request_params: npt.ArrayLike = (),
+        seed: int = 0,
+        source: str = "workload",
+    ) -> None:
+        """Lay out the memory of one run.
+
+        Raises:
+            InputError: a request can never fit an engine's KV cache or context length.
+        """
+        check_fit(table, engines, source)
+        self._owned: list[npt.NDArray[Any]] = []
+        users, user = _dense(table.user)
+        sessions, session = _dense(table.session)
+        templates, template = _dense(table.template)
+        size, count = len(engines), len(table)
+        self.requests = _requests(table, user, session, template)
+        self.engines = _engines(engines, order)
+        self.cluster = np.zeros(1, dtype=CLUSTER)
+        self.engine_view = np.zeros((size, ENGINE_COLUMNS))
+        self.request_row = np.zeros(REQUEST_COLUMNS)
+        self.events = np.zeros(2 * count if log_events else 0, dtype=np.int32)
+        longest = int((table.prompt_tokens + table.output_tokens).max())
+        costs = _costs(engines, lockstep)
+        for record, spec, profile in zip(self.engines, engines, _profile_indices(engines), strict=True):
+            self._lay_out_engine(record, spec.limits, longest, templates)
+            record["local_cost_at"] = self._own(costs[profile].local_table_s)
+            record["moe_cost_at"] = self._own(costs[profile].moe_table_s)
+        depth = 2 + int(np.ceil(telemetry.lag_s / telemetry.period_s)) if telemetry.period_s > 0 else 1
+        roots = np.flatnonzero(table.parent < 0).astype(np.int32)
+        parameters = [np.array(values, dtype=np.float64) for values in (engine_params, request_params)]
+        fields: dict[str, Any] = {
+            "seed": seed,
+            "lockstep": lockstep,
+            "step_s": np.inf,
+            "external_dispatch": external_dispatch,
+            "closed_loop": table.closed_loop,
+            "shortest_think_s": table.think_s[table.parent >= 0].min() if table.closed_loop else 0.0,
+            "telemetry_period_s": telemetry.period_s,
+            "telemetry_lag_s": telemetry.lag_s,
+            "telemetry_depth": depth,
+            "logging": log_events,
+            "engine_count": size,
+            "root_count": len(roots),
+            "prefix_block_tokens": table.prefix_block_tokens,
+            "engine_param_count": len(parameters[0]),
+            "request_param_count": len(parameters[1]),
+        }
+        fields |= dict.fromkeys(("pending", "last_engine", "order_engine", "stranded"), NONE)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "requests": self.requests,
+            "engines": self.engines,
+            "roots": roots,
+            "later_s": np.zeros(count),
+            "later": np.zeros(count, dtype=np.int32),
+            "events": self.events,
+            "prefix_start": table.prefix_start,
+            "prefix_ids": table.prefix_ids,
+            "telemetry": np.zeros((depth, size), dtype=TELEMETRY),
+            "user_engine": np.full(users, NONE, dtype=np.int32),
+            "session_engine": np.full(sessions, NONE, dtype=np.int32),
+            "session_tokens": np.zeros(sessions, dtype=np.int32),
+            "engine_view": self.engine_view,
+            "request_row": self.request_row,
+            "scores": np.zeros(size),
+            "queue_row": np.zeros(QUEUE_COLUMNS),
+            "context_row": np.zeros(CONTEXT_COLUMNS),
+            "engine_params": parameters[0],
+            "request_params": parameters[1],
+        }
+        fields |= {f"{name}_at": self._own(array) for name, array in arrays.items()}
+        for name, value in fields.items():
+            self.cluster[0][name] = value
+        reset_pools(self.engines)
+
+    def _own(self, array: npt.NDArray[Any]) -> int:
+        """Keep an array alive and return its address."""
+        self._owned.append(array)
+        return int(array.ctypes.data)
+
+    def _lay_out_engine(self, record: Any, limits: EngineLimits, longest: int, templates: int) -> None:
+        seqs, blocks = limits.max_num_seqs, limits.num_blocks
+        shapes: dict[str, tuple[int, type]] = {
+            "running": (seqs, np.int32),
+            "scheduled": (seqs, np.int32),
+            "preempted": (seqs, np.int32),
+            "phases": (limits.block_size, np.int32),
+            "template_seen": (templates, np.int8),
+        }
+        if limits.enable_prefix_caching:
+            # Twice the blocks, at least: a table at most half full keeps probe sequences short.
+            slots = 1 << (2 * blocks).bit_length()
+            record["pool_size"], record["table_mask"] = blocks, slots - 1
+            record["row_length"] = longest // limits.block_size + 1
+            shapes |= {f"block_{name}": (blocks + 2, np.int32) for name in ("next", "prev", "refs", "twin")}
+            shapes |= {"block_hash": (blocks + 2, np.int64), "table_keys": (slots, np.int64)}
+            shapes |= {"table_blocks": (slots, np.int32), "rows": (seqs, np.int32)}
+            shapes |= {"block_tables": (seqs * int(record["row_length"]), np.int32)}
+        for name, (length, dtype) in shapes.items():
+            record[f"{name}_at"] = self._own(np.zeros(length, dtype=dtype))
+
+
+def check_fit(table: RequestTable, engines: Sequence[EngineSpec], source: str) -> None:
+    """Make sure that every engine can serve every request alone.
+
+    Raises:
+        InputError: names the request, its tokens and the limit.
+    """
+    total = table.prompt_tokens.astype(np.int64) + table.output_tokens
+    for limit in {spec.limits for spec in engines}:
+        # The last output token needs no KV, and block 0 is vLLM's null block.
+        capacity = (limit.num_blocks - 1) * limit.block_size + 1
+        for name, allowed in (("KV cache", capacity), ("max_model_len", limit.max_model_len)):
+            if (total > allowed).any():
+                row = int((total > allowed).argmax())
+                raise InputError(
+                    source,
+                    f"requests[{row}]",
+                    f"got {table.prompt_tokens[row]} prompt + {table.output_tokens[row]} output tokens, which can never fit;"
+                    f" allowed: at most {allowed} tokens ({name} of an engine)",
+                )
+
+
+def _dense(ids: npt.NDArray[np.int32]) -> tuple[int, npt.NDArray[np.int32]]:
+    """Number ids from 0 without gaps, NONE staying NONE."""
+    known, dense = np.unique(ids, return_inverse=True)
+    missing = int((known < 0).sum())
+    return len(known) - missing, np.where(ids < 0, NONE, dense - missing).astype(np.int32)
+
+
+def _requests(
+    table: RequestTable,
+    users: npt.NDArray[np.int32],
+    sessions: npt.NDArray[np.int32],
+    templates: npt.NDArray[np.int32],
+) -> npt.NDArray[Any]:
+    records = np.zeros(len(table), dtype=REQUEST)
+    for name in ("arrival_s", "think_s", "deadline_s", "predicted_tokens", "stream", "turn", "priority", "template_tokens"):
+        records[name] = getattr(table, name)
+    records["prompt"] = table.prompt_tokens
+    records["output"] = table.output_tokens
+    records["user"], records["session"], records["template"] = users, sessions, templates
+    records["rank"] = np.arange(len(table))
+    records["child"] = NONE
+    followers = np.flatnonzero(table.parent >= 0)
+    records["child"][table.parent[followers]] = followers
+    order = np.argsort(table.stream, kind="stable")
+    same = table.stream[order][1:] == table.stream[order][:-1]
+    records["shared_stream"][order[1:][same]] = 1
+    records["shared_stream"][order[:-1][same]] = 1
+    for name in ("first_s", "finish_s"):
+        records[name] = np.nan
+    for name in ("engine", "row", "link", "heap_child"):
+        records[name] = NONE
+    records["status"] = PENDING
+    return records
+
+
+def _engines(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any]:
+    records = np.zeros(len(engines), dtype=ENGINE)
+    for record, spec in zip(records, engines, strict=True):
+        limit, cost = spec.limits, spec.profile.compile(spec.limits.max_num_batched_tokens)
+        record["block_size"] = limit.block_size
+        record["num_blocks"] = limit.num_blocks
+        record["max_num_seqs"] = limit.max_num_seqs
+        record["max_num_batched_tokens"] = limit.max_num_batched_tokens
+        record["long_prefill_threshold"] = limit.long_prefill_token_threshold
+        record["prefix_caching"] = limit.enable_prefix_caching
+        record["priority_preemption"] = limit.scheduling_policy == "priority"
+        record["order"] = order
+        record["fixed_s"], record["sequence_s"] = cost.fixed_s, cost.sequence_s
+        record["pair_s"], record["context_s"] = cost.pair_s, cost.context_s
+        record["slowdown"] = spec.slowdown
+        budget = limit.max_num_batched_tokens
+        record["prefill_tokens_per_s"] = budget / (cost.step_s([(0, budget)], []) * spec.slowdown)
+        record["decode_step_s"] = cost.step_s([], [1]) * spec.slowdown
+        record["event_s"] = np.inf
+        record["next_finish"] = NEVER
+        record["queue_head"] = record["queue_tail"] = record["front"] = record["heap"] = NONE
+        record["accepting"] = record["alive"] = record["reporting"] = 1
+    return records
+
+
+def _profile_indices(engines: Sequence[EngineSpec]) -> list[int]:
+    distinct: list[str] = []
+    indices = []
+    for spec in engines:
+        key = spec.profile.model_dump_json()
+        if key not in distinct:
+            distinct.append(key)
+        indices.append(distinct.index(key))
+    return indices
+
+
+def _costs(engines: Sequence[EngineSpec], lockstep: bool) -> list[StepCost]:
+    """Tabulated step costs, one per distinct profile; in lockstep MoE layers see the tokens of all ranks."""
+    indices = _profile_indices(engines)
+    profiles = [engines[indices.index(i)].profile for i in range(max(indices) + 1)]
+    budget = max(spec.limits.max_num_batched_tokens for spec in engines)
+    return [profile.compile(budget * (len(engines) if lockstep else 1)) for profile in profiles]

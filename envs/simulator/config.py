@@ -1,0 +1,104 @@
+"""Configuration of a simulated cluster."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from servegym.configuration import Config, validate
+from servegym.envs.profiles.profile import EngineLimits, Profile, load_profile
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Telemetry(Config):
+    """How engines report: a snapshot every ``period_s`` reaches the router ``lag_s`` later; period 0 means always fresh."""
+
+    period_s: NonNegative = Field(default=0.1, description="vLLM's coordinator publishes at most every 100 ms")
+    lag_s: NonNegative = Field(default=0.0, description="delay from the engine to the router")
+
+    @model_validator(mode="after")
+    def _lag_needs_period(self) -> Self:
+        if self.lag_s > 0 and self.period_s == 0:
+            raise ValueError("lag_s > 0 only with period_s > 0")
+        return self
+
+
+class Fault(Config):
+    """A change of one engine at a point in time."""
+
+    at_s: NonNegative
+    engine: Annotated[int, Field(ge=0)]
+    kind: Literal["die", "recover", "hang", "resume", "slow", "mute", "unmute", "leave", "join"] = Field(
+        description=(
+            "die: lose all requests, which are dispatched again; recover: come back empty; hang/resume: stop and go on"
+            " in the middle of a step; slow: multiply step times by factor from the next step; mute/unmute: telemetry"
+            " stops and resumes; leave: drain and take no new requests; join: take requests again"
+        )
+    )
+    factor: Positive = Field(default=1.0, description="for kind slow: 2 doubles each step's duration")
+
+
+class EngineGroup(Config):
+    """Engines of one kind."""
+
+    count: Annotated[int, Field(ge=1)] = 1
+    profile: str
+    engine: dict[str, Any] = Field(default_factory=dict, description="overrides of the profile's engine limits")
+    slowdown: Positive = Field(default=1.0, description="factor on step times")
+
+
+class ClusterConfig(Config):
+    """A cluster: either ``engines`` equal ones of one ``profile``, or ``groups`` of different ones."""
+
+    engines: Annotated[int, Field(ge=1)] = 4
+    profile: str = "qwen3-30b-a3b-h200"
+    engine: dict[str, Any] = Field(default_factory=dict, description="overrides of the profile's engine limits")
+    groups: tuple[EngineGroup, ...] = ()
+    mode: Literal["independent", "lockstep"] = Field(
+        default="independent", description="lockstep: data parallel + expert parallel, all ranks take each step together"
+    )
+    moe_imbalance: Annotated[float, Field(ge=1)] | None = Field(
+        default=None, description="overrides the profiles' load of the heaviest EP rank over the mean"
+    )
+    telemetry: Telemetry = Telemetry()
+    faults: tuple[Fault, ...] = ()
+
+    @model_validator(mode="after")
+    def _faults_name_engines(self) -> Self:
+        for fault in self.faults:
+            if fault.engine >= self.size:
+                raise ValueError(f"faults of engines 0 to {self.size - 1} only, got engine {fault.engine}")
+        return self
+
+    @property
+    def size(self) -> int:
+        """Number of engines."""
+        return sum(group.count for group in self.groups) or self.engines
+
+    def expand(self, source: str = "cluster") -> list[EngineSpec]:
+        """Resolve profiles and overrides to one entry per engine.
+
+        Raises:
+            InputError: an unknown profile or a wrong override.
+        """
+        groups = self.groups or (EngineGroup(count=self.engines, profile=self.profile, engine=self.engine),)
+        specs = []
+        for group in groups:
+            profile = load_profile(group.profile)
+            if self.moe_imbalance is not None:
+                step_time = profile.step_time.model_copy(update={"moe_imbalance": self.moe_imbalance})
+                profile = profile.model_copy(update={"step_time": step_time})
+            limits = validate(EngineLimits, profile.engine.model_dump() | group.engine, f"{source}: engine")
+            specs += [EngineSpec(profile=profile, limits=limits, slowdown=group.slowdown)] * group.count
+        return specs
+
+
+class EngineSpec(Config):
+    """One engine, resolved."""
+
+    profile: Profile
+    limits: EngineLimits
+    slowdown: float = 1.0

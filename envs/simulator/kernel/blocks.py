@@ -1,0 +1,300 @@
+"""KV blocks: vLLM's block pool with its free queue, reference counts and prefix cache.
+
+Without prefix caching blocks are interchangeable and a count is all. With it, the order in which free blocks are
+reused decides what stays cached, so the free queue is kept exactly as vLLM 0.32 keeps it (``block_pool.py``): blocks are
+taken from the front; of a freed request, blocks without hash go to the front, hashed ones to the back, last block first.
+
+Blocks whose content no other request can have are marked hashed but stay out of the hash table until their request is
+preempted, the only event after which they can be found.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from servegym.envs.simulator.kernel.jit import jit
+from servegym.envs.simulator.kernel.memory import ints, longs, request_at
+from servegym.envs.simulator.kernel.state import NONE, Engine, State
+
+UNHASHED = 0
+PRIVATE = 1
+
+
+@jit
+def mix(a: int, b: int) -> int:
+    """Combine two 64-bit numbers into a hash other than 0 and 1 (splitmix64 finaliser)."""
+    z = np.uint64(a) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(b) * np.uint64(0xD1B54A32D192ED03)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return np.int64(z | np.uint64(2))
+
+
+@jit
+def content_hash(s: State, r: int, block: int, block_size: int) -> int:
+    """Hash of a full block of a request, equal for two requests iff their tokens up to its end are equal.
+
+    Returns PRIVATE where no other request shares the content.
+    """
+    request = request_at(s.requests_at, r)
+    end = (block + 1) * block_size
+    if end <= request.template_tokens:
+        return mix(request.template * 2 + 1, block)
+    granularity = s.prefix_block_tokens
+    if granularity > 0:
+        index = longs(s.prefix_start_at)[r] + (end - 1) // granularity
+        if index < longs(s.prefix_start_at)[r + 1]:
+            return mix(longs(s.prefix_ids_at)[index], block)
+    if request.shared_stream:
+        return mix(~request.stream, block)
+    return PRIVATE
+
+
+@jit
+def own_hash(s: State, r: int, block: int, block_size: int) -> int:
+    """Hash under which a preempted request finds a block of its own again."""
+    value = content_hash(s, r, block, block_size)
+    return mix(~np.int64(r), ~np.int64(block)) if value == PRIVATE else value
+
+
+# ---------------------------------------------------------------------------------------------- hash table
+@jit
+def _slot(engine: Engine, key: int) -> int:
+    """Slot that holds ``key``, or the empty slot where it would go."""
+    mask = engine.table_mask
+    i = np.int64(key >> 7) & mask
+    while longs(engine.table_keys_at)[i] != 0 and longs(engine.table_keys_at)[i] != key:
+        i = (i + 1) & mask
+    return i
+
+
+@jit
+def find_block(engine: Engine, key: int) -> int:
+    """First block inserted with this hash, or NONE."""
+    i = _slot(engine, key)
+    return ints(engine.table_blocks_at)[i] if longs(engine.table_keys_at)[i] != 0 else NONE
+
+
+@jit
+def insert_block(engine: Engine, key: int, block: int) -> None:
+    """Enter a block under its hash, behind others of the same hash."""
+    longs(engine.block_hash_at)[block] = key
+    ints(engine.block_twin_at)[block] = NONE
+    i = _slot(engine, key)
+    if longs(engine.table_keys_at)[i] == 0:
+        longs(engine.table_keys_at)[i] = key
+        ints(engine.table_blocks_at)[i] = block
+        return
+    last = ints(engine.table_blocks_at)[i]
+    while ints(engine.block_twin_at)[last] != NONE:
+        last = ints(engine.block_twin_at)[last]
+    ints(engine.block_twin_at)[last] = block
+
+
+@jit
+def remove_block(engine: Engine, block: int) -> None:
+    """Take a block out of the prefix cache."""
+    key = longs(engine.block_hash_at)[block]
+    longs(engine.block_hash_at)[block] = UNHASHED
+    if key == UNHASHED or key == PRIVATE:
+        return
+    i = _slot(engine, key)
+    if ints(engine.table_blocks_at)[i] != block:
+        before = ints(engine.table_blocks_at)[i]
+        while ints(engine.block_twin_at)[before] != block:
+            before = ints(engine.block_twin_at)[before]
+        ints(engine.block_twin_at)[before] = ints(engine.block_twin_at)[block]
+        return
+    if ints(engine.block_twin_at)[block] != NONE:
+        ints(engine.table_blocks_at)[i] = ints(engine.block_twin_at)[block]
+        return
+    # Backward-shift deletion keeps probe sequences unbroken without tombstones.
+    mask = engine.table_mask
+    hole, j = i, i
+    while True:
+        j = (j + 1) & mask
+        moved = longs(engine.table_keys_at)[j]
+        if moved == 0:
+            break
+        home = np.int64(moved >> 7) & mask
+        if ((j - home) & mask) >= ((j - hole) & mask):
+            longs(engine.table_keys_at)[hole] = moved
+            ints(engine.table_blocks_at)[hole] = ints(engine.table_blocks_at)[j]
+            hole = j
+    longs(engine.table_keys_at)[hole] = 0
+
+
+# ---------------------------------------------------------------------------------------------- free queue
+@jit
+def _link(engine: Engine, left: int, right: int) -> None:
+    ints(engine.block_next_at)[left] = right
+    ints(engine.block_prev_at)[right] = left
+
+
+@jit
+def take_block(engine: Engine) -> int:
+    """Take the first free block, evicting what it cached."""
+    head = engine.pool_size
+    block = ints(engine.block_next_at)[head]
+    _link(engine, head, ints(engine.block_next_at)[block])
+    if longs(engine.block_hash_at)[block] != UNHASHED:
+        remove_block(engine, block)
+    ints(engine.block_refs_at)[block] = 1
+    engine.free_blocks -= 1
+    return block
+
+
+@jit
+def touch_block(engine: Engine, block: int) -> None:
+    """Add a reference to a cached block, taking it out of the free queue if it is there."""
+    if ints(engine.block_refs_at)[block] == 0:
+        _link(engine, ints(engine.block_prev_at)[block], ints(engine.block_next_at)[block])
+        engine.free_blocks -= 1
+    ints(engine.block_refs_at)[block] += 1
+
+
+@jit
+def reset_pool(engine: Engine) -> None:
+    """All blocks free and nothing cached; block 0 is vLLM's null block and never handed out."""
+    engine.free_blocks = engine.num_blocks - 1
+    if not engine.prefix_caching:
+        return
+    head = engine.pool_size
+    for i in range(engine.table_mask + 1):
+        longs(engine.table_keys_at)[i] = 0
+    last = head
+    for block in range(1, engine.num_blocks):
+        longs(engine.block_hash_at)[block] = UNHASHED
+        ints(engine.block_refs_at)[block] = 0
+        _link(engine, last, block)
+        last = block
+    _link(engine, last, head + 1)
+    for row in range(engine.max_num_seqs):
+        ints(engine.rows_at)[row] = row
+    engine.rows_free = engine.max_num_seqs
+
+
+@jit
+def reset_pools(engines: Any) -> None:
+    """Reset the pools of all engines, an array of ENGINE records."""
+    for e in range(engines.shape[0]):
+        reset_pool(engines[e])
+
+
+# ---------------------------------------------------------------------------------------------- requests
+@jit
+def block_table(engine: Engine, row: int) -> Any:
+    """One row of the block tables: the blocks of a running request in order."""
+    return ints(engine.block_tables_at + 4 * row * engine.row_length)
+
+
+@jit
+def cached_prefix(s: State, engine: Engine, r: int, tokens: int) -> int:
+    """Number of leading blocks of a request found in the prefix cache; the last token is always recomputed.
+
+    Fills the head of a scratch row of the block table: the row that the request will get.
+    """
+    request = request_at(s.requests_at, r)
+    own = request.preemptions > 0
+    table = block_table(engine, ints(engine.rows_at)[engine.rows_free - 1])
+    count = 0
+    while count < (tokens - 1) // engine.block_size:
+        key = own_hash(s, r, count, engine.block_size) if own else content_hash(s, r, count, engine.block_size)
+        if key == PRIVATE:
+            break
+        block = find_block(engine, key)
+        if block == NONE:
+            break
+        table[count] = block
+        count += 1
+    return count
+
+
+@jit
+def evictable(engine: Engine, count: int) -> int:
+    """How many of the blocks just found are in the free queue, so that using them takes free blocks."""
+    table = block_table(engine, ints(engine.rows_at)[engine.rows_free - 1])
+    free = 0
+    for j in range(count):
+        if ints(engine.block_refs_at)[table[j]] == 0:
+            free += 1
+    return free
+
+
+@jit
+def adopt_prefix(s: State, engine: Engine, r: int, count: int) -> None:
+    """Give the request its row of the block table and a reference to each block found in the cache."""
+    engine.rows_free -= 1
+    row = ints(engine.rows_at)[engine.rows_free]
+    request_at(s.requests_at, r).row = row
+    table = block_table(engine, row)
+    for j in range(count):
+        touch_block(engine, table[j])
+
+
+@jit
+def grow(s: State, engine: Engine, r: int, computed: int, tokens: int) -> bool:
+    """Allocate blocks so that ``computed + tokens`` tokens have a slot, and cache those that become full.
+
+    Returns:
+        False, with nothing changed, if there are too few free blocks.
+    """
+    size = engine.block_size
+    have = (computed + size - 1) // size
+    want = (computed + tokens + size - 1) // size
+    if want - have > engine.free_blocks:
+        return False
+    if not engine.prefix_caching:
+        engine.free_blocks -= want - have
+        return True
+    table = block_table(engine, request_at(s.requests_at, r).row)
+    for j in range(have, want):
+        table[j] = take_block(engine)
+    for j in range(computed // size, (computed + tokens) // size):
+        block = table[j]
+        key = content_hash(s, r, j, size)
+        if key == PRIVATE and request_at(s.requests_at, r).preemptions > 0:
+            key = own_hash(s, r, j, size)
+        if key == PRIVATE:
+            longs(engine.block_hash_at)[block] = PRIVATE
+        else:
+            insert_block(engine, key, block)
+    return True
+
+
+@jit
+def release(s: State, engine: Engine, r: int, computed: int, preempted: bool) -> None:
+    """Free the blocks of a request that has ``computed`` tokens in the cache."""
+    size = engine.block_size
+    count = (computed + size - 1) // size
+    if not engine.prefix_caching:
+        engine.free_blocks += count
+        return
+    row = request_at(s.requests_at, r).row
+    table = block_table(engine, row)
+    head = engine.pool_size
+    front = head
+    for j in range(count - 1, -1, -1):
+        block = table[j]
+        if preempted and longs(engine.block_hash_at)[block] == PRIVATE:
+            insert_block(engine, own_hash(s, r, j, size), block)
+        ints(engine.block_refs_at)[block] -= 1
+        if ints(engine.block_refs_at)[block] > 0:
+            continue
+        engine.free_blocks += 1
+        if longs(engine.block_hash_at)[block] == UNHASHED:
+            after = ints(engine.block_next_at)[front]
+            _link(engine, front, block)
+            _link(engine, block, after)
+            front = block
+        else:
+            tail = head + 1
+            _link(engine, ints(engine.block_prev_at)[tail], block)
+            _link(engine, block, tail)
+    ints(engine.rows_at)[engine.rows_free] = row
+    engine.rows_free += 1
+    request_at(s.requests_at, r).row = NONE

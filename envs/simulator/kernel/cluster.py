@@ -1,0 +1,202 @@
+"""The event loop of a cluster: arrivals, telemetry and engine steps in order of time.
+
+Between two events that touch the whole cluster the engines are independent of each other, so each is advanced on its own
+up to the next such event. With closed-loop sessions a finished request causes an arrival; the shortest think time bounds
+from below when, and engines are advanced no further than that (the lookahead of conservative parallel simulation).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from servegym.envs.simulator.kernel.arrivals import next_arrival_s, pop_arrival
+from servegym.envs.simulator.kernel.dispatch import choose, fill_view, hand_over, take_telemetry
+from servegym.envs.simulator.kernel.jit import jit
+from servegym.envs.simulator.kernel.memory import engine_at, floats, request_at
+from servegym.envs.simulator.kernel.scheduler import (
+    NEEDS_ORDER,
+    NOTHING_TO_DO,
+    begin_step,
+    finish_step,
+    settle_integrals,
+)
+from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, STEP_DECODE, State
+
+# Why `advance` returned.
+DONE, HORIZON, DISPATCH, ORDER = range(4)
+
+
+@jit
+def _advance_engine(s: State, e: int, limit: float, request_key: Any) -> bool:
+    """Run one engine's events before ``limit``; False if it waits for an external order of its queue."""
+    engine = engine_at(s.engines_at, e)
+    while engine.event_s < limit:
+        now = engine.event_s
+        if engine.activity >= STEP_DECODE:
+            finish_step(s, engine, now)
+            engine.activity = READY
+        duration = begin_step(s, engine, now, request_key)
+        if duration == NEEDS_ORDER:
+            s.order_engine = e
+            return False
+        if duration == NOTHING_TO_DO:
+            engine.activity = IDLE
+            engine.event_s = math.inf
+            return True
+        engine.event_s = now + duration
+        engine.busy_s += duration
+    return True
+
+
+@jit
+def _advance_lockstep(s: State, limit: float, request_key: Any) -> bool:
+    """Run the common steps of all ranks before ``limit``; a step lasts as long as its slowest rank.
+
+    Ranks without work run a dummy batch of one token. MoE layers see the tokens of all ranks together.
+    """
+    count = s.engine_count
+    while s.stepping and s.step_s < limit:
+        now = s.step_s
+        if s.stepping == 1:
+            for e in range(count):
+                engine = engine_at(s.engines_at, e)
+                if engine.activity >= STEP_DECODE:
+                    finish_step(s, engine, now)
+                    engine.activity = READY
+            s.stepping = 2
+        working, tokens, slowest = 0, 0, 0.0
+        for e in range(count):
+            engine = engine_at(s.engines_at, e)
+            if not engine.alive:
+                continue
+            if engine.activity == READY:
+                duration = begin_step(s, engine, now, request_key)
+                if duration == NEEDS_ORDER:
+                    s.order_engine = e
+                    return False
+                if duration == NOTHING_TO_DO:
+                    engine.activity = IDLE
+            if engine.activity >= STEP_DECODE:
+                working += 1
+                tokens += engine.step_tokens
+                slowest = max(slowest, engine.step_local_s * engine.slowdown)
+            else:
+                dummy = engine.fixed_s + engine.sequence_s + floats(engine.local_cost_at)[1]
+                tokens += 1
+                slowest = max(slowest, dummy * engine.slowdown)
+        if working == 0:
+            s.stepping = 0
+            s.step_s = math.inf
+            return True
+        duration = slowest + floats(engine_at(s.engines_at, 0).moe_cost_at)[tokens]
+        s.stepping = 1
+        s.step_s = now + duration
+        for e in range(count):
+            if engine_at(s.engines_at, e).activity >= STEP_DECODE:
+                engine_at(s.engines_at, e).busy_s += duration
+                engine_at(s.engines_at, e).event_s = s.step_s
+    return True
+
+
+@jit
+def _advance_engines(s: State, limit: float, request_key: Any) -> bool:
+    """Run all events of engines before ``limit``, or before the first follow-up that they may cause."""
+    if s.lockstep:
+        if s.closed_loop and s.stepping:
+            limit = min(limit, max(s.step_s + s.shortest_think_s, np.nextafter(s.step_s, math.inf)))
+        return _advance_lockstep(s, limit, request_key)
+    if s.closed_loop:
+        first = math.inf
+        for e in range(s.engine_count):
+            first = min(first, engine_at(s.engines_at, e).event_s)
+        limit = min(limit, max(first + s.shortest_think_s, np.nextafter(first, math.inf)))
+    for e in range(s.engine_count):
+        if engine_at(s.engines_at, e).event_s < limit and not _advance_engine(s, e, limit, request_key):
+            return False
+    return True
+
+
+@jit
+def _next_engine_event_s(s: State) -> float:
+    if s.lockstep:
+        return s.step_s if s.stepping else math.inf
+    first = math.inf
+    for e in range(s.engine_count):
+        first = min(first, engine_at(s.engines_at, e).event_s)
+    return first
+
+
+@jit
+def settle_all(cluster: Any, now: float) -> None:
+    """Extend the reward integrals of all engines to ``now``."""
+    s = cluster[0]
+    for e in range(s.engine_count):
+        settle_integrals(engine_at(s.engines_at, e), now)
+
+
+@jit
+def _strand(s: State, r: int) -> None:
+    """Keep a request that found no engine, until one returns."""
+    request_at(s.requests_at, r).link = s.stranded
+    s.stranded = r
+
+
+@jit
+def advance(cluster: Any, horizon: float, action: int, engine_score: Any, request_key: Any) -> int:
+    """Run the cluster up to ``horizon`` or to the next decision that is not compiled.
+
+    Args:
+        cluster: the cluster's record, an array of one.
+        horizon: stop before events at or after this time, seconds.
+        action: engine for the request that waits for a decision, NONE if none does.
+        engine_score: compiled engine policy, ignored with external dispatch.
+        request_key: compiled request policy, ignored unless an engine's queue uses one.
+
+    Returns:
+        DONE when nothing is left to happen, HORIZON, DISPATCH with the view filled and ``pending`` set, or ORDER with
+        ``order_engine`` set.
+    """
+    s = cluster[0]
+    if s.pending != NONE:
+        if action == NONE:
+            return DISPATCH
+        r = s.pending
+        s.pending = NONE
+        hand_over(s, r, action, s.now_s, request_key)
+    while True:
+        arrival = next_arrival_s(s)
+        snapshot = math.inf
+        if s.telemetry_period_s > 0.0:
+            snapshot = s.telemetry_count * s.telemetry_period_s
+        if arrival == math.inf and _next_engine_event_s(s) == math.inf:
+            return DONE
+        limit = min(horizon, min(arrival, snapshot))
+        if _next_engine_event_s(s) < limit:
+            if not _advance_engines(s, limit, request_key):
+                return ORDER
+            continue
+        if horizon <= limit:
+            s.now_s = max(s.now_s, horizon)
+            return HORIZON
+        s.now_s = limit
+        if snapshot <= arrival:
+            take_telemetry(s, snapshot)
+            continue
+        r = pop_arrival(s)
+        s.arrived += 1
+        fill_view(s, r, arrival)
+        if s.external_dispatch:
+            for e in range(s.engine_count):
+                if engine_at(s.engines_at, e).accepting:
+                    s.pending = r
+                    return DISPATCH
+            _strand(s, r)
+            continue
+        choice = choose(s, engine_score)
+        if choice == NONE:
+            _strand(s, r)
+        else:
+            hand_over(s, r, choice, arrival, request_key)

@@ -1,0 +1,210 @@
+"""The router: what it sees of the engines, its choice, and the hand-over of a request to an engine."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from servegym.baselines.interface import (
+    E_AVAILABLE,
+    E_DECODE_STEP_S,
+    E_DISPATCHED,
+    E_DISPATCHED_SINCE,
+    E_HIT_TOKENS,
+    E_INFLIGHT,
+    E_INFLIGHT_PROMPT_TOKENS,
+    E_ITL_EWMA_S,
+    E_KV_TOKENS,
+    E_KV_USAGE,
+    E_MAX_BATCHED_TOKENS,
+    E_MAX_NUM_SEQS,
+    E_PREFILL_REQUESTS,
+    E_PREFILL_TOKENS,
+    E_PREFILL_TOKENS_PER_S,
+    E_RUNNING,
+    E_SESSION_HOME,
+    E_TELEMETRY_AGE_S,
+    E_TTFT_EWMA_S,
+    E_USER_HOME,
+    E_WAITING,
+    ENGINE_COLUMNS,
+    R_ARRIVAL_S,
+    R_DEADLINE_S,
+    R_INDEX,
+    R_LAST_ENGINE,
+    R_NOW_S,
+    R_PRIORITY,
+    R_PROMPT_TOKENS,
+    R_SESSION,
+    R_TURN,
+    R_UNIFORM_0,
+    R_UNIFORM_1,
+    R_USER,
+    REQUEST_COLUMNS,
+)
+from servegym.envs.simulator.kernel.blocks import mix
+from servegym.envs.simulator.kernel.jit import jit
+from servegym.envs.simulator.kernel.memory import engine_at, floats, ints, request_at, small, telemetry_at
+from servegym.envs.simulator.kernel.queues import push_waiting
+from servegym.envs.simulator.kernel.scheduler import settle_integrals
+from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, State
+
+
+@jit
+def _uniform(seed: int, index: int, salt: int) -> float:
+    """A draw from [0, 1) keyed by the run's seed and a request."""
+    return np.float64(np.uint64(mix(mix(seed, salt), index)) >> np.uint64(11)) * 2.0**-53
+
+
+@jit
+def take_telemetry(s: State, time: float) -> None:
+    """Take the next snapshot of all engines that report."""
+    depth = s.telemetry_depth
+    now, before = s.telemetry_count % depth, (s.telemetry_count - 1) % depth
+    for e in range(s.engine_count):
+        if engine_at(s.engines_at, e).reporting:
+            _measure(s, e, time, now)
+        else:
+            _repeat(s, e, before, now)
+    s.telemetry_count += 1
+
+
+@jit
+def _measure(s: State, e: int, time: float, slot: int) -> None:
+    engine, sample = engine_at(s.engines_at, e), telemetry_at(s.telemetry_at, slot * s.engine_count + e)
+    sample.time_s = time
+    sample.waiting = engine.waiting
+    sample.running = engine.running
+    sample.kv_usage = 1.0 - engine.free_blocks / (engine.num_blocks - 1)
+    sample.dispatched = engine.dispatched
+
+
+@jit
+def _repeat(s: State, e: int, before: int, now: int) -> None:
+    """A silent engine: the newest snapshot shows what the one before showed."""
+    old = telemetry_at(s.telemetry_at, before * s.engine_count + e)
+    new = telemetry_at(s.telemetry_at, now * s.engine_count + e)
+    new.time_s = old.time_s
+    new.waiting = old.waiting
+    new.running = old.running
+    new.kv_usage = old.kv_usage
+    new.dispatched = old.dispatched
+
+
+@jit
+def _visible_snapshot(s: State, now: float) -> int:
+    """Slot of the newest snapshot that has arrived at the router."""
+    depth = s.telemetry_depth
+    newest = np.int64(math.floor((now - s.telemetry_lag_s) / s.telemetry_period_s))
+    newest = min(max(newest, 0), s.telemetry_count - 1)
+    return newest % depth
+
+
+@jit
+def fill_view(s: State, r: int, now: float) -> None:
+    """Write what the router knows about each engine, for the dispatch of request ``r``."""
+    request = request_at(s.requests_at, r)
+    live = s.telemetry_period_s == 0.0
+    slot = 0 if live else _visible_snapshot(s, now)
+    user_home = ints(s.user_engine_at)[request.user] if request.user != NONE else NONE
+    session_home = ints(s.session_engine_at)[request.session] if request.session != NONE else NONE
+    view = carray(floats(s.engine_view_at), (s.engine_count, ENGINE_COLUMNS))
+    for e in range(s.engine_count):
+        if live and engine_at(s.engines_at, e).reporting:
+            _measure(s, e, now, 0)
+        engine, sample, row = engine_at(s.engines_at, e), telemetry_at(s.telemetry_at, slot * s.engine_count + e), view[e]
+        row[E_AVAILABLE] = engine.accepting
+        row[E_WAITING] = sample.waiting
+        row[E_RUNNING] = sample.running
+        row[E_KV_USAGE] = sample.kv_usage
+        row[E_TELEMETRY_AGE_S] = now - sample.time_s
+        row[E_INFLIGHT] = engine.inflight
+        row[E_INFLIGHT_PROMPT_TOKENS] = engine.inflight_prompt
+        row[E_PREFILL_REQUESTS] = engine.prefill_requests
+        row[E_PREFILL_TOKENS] = engine.prefill_tokens
+        hit = 0
+        if engine.prefix_caching:
+            if e == session_home:
+                hit = ints(s.session_tokens_at)[request.session]
+            elif request.template != NONE and small(engine.template_seen_at)[request.template]:
+                hit = request.template_tokens
+        row[E_HIT_TOKENS] = min(hit, request.prompt - 1)
+        row[E_USER_HOME] = e == user_home
+        row[E_SESSION_HOME] = e == session_home
+        row[E_TTFT_EWMA_S] = engine.ttft_ewma_s
+        row[E_ITL_EWMA_S] = engine.itl_ewma_s
+        row[E_DISPATCHED] = engine.dispatched
+        row[E_DISPATCHED_SINCE] = engine.dispatched - sample.dispatched
+        row[E_MAX_NUM_SEQS] = engine.max_num_seqs
+        row[E_KV_TOKENS] = (engine.num_blocks - 1) * engine.block_size
+        row[E_MAX_BATCHED_TOKENS] = engine.max_num_batched_tokens
+        row[E_PREFILL_TOKENS_PER_S] = engine.prefill_tokens_per_s
+        row[E_DECODE_STEP_S] = engine.decode_step_s
+    row = carray(floats(s.request_row_at), (REQUEST_COLUMNS,))
+    row[R_NOW_S] = now
+    row[R_ARRIVAL_S] = request.arrival_s
+    row[R_PROMPT_TOKENS] = request.prompt
+    row[R_PRIORITY] = request.priority
+    row[R_DEADLINE_S] = request.deadline_s
+    row[R_USER] = request.user
+    row[R_SESSION] = request.session
+    row[R_TURN] = request.turn
+    row[R_INDEX] = r
+    row[R_LAST_ENGINE] = s.last_engine
+    row[R_UNIFORM_0] = _uniform(s.seed, r, 0)
+    row[R_UNIFORM_1] = _uniform(s.seed, r, 1)
+
+
+@jit
+def choose(s: State, engine_score: Any) -> int:
+    """Score the engines of the filled view with a compiled policy; NONE if no engine accepts requests."""
+    scores = carray(floats(s.scores_at), (s.engine_count,))
+    engine_score(
+        carray(floats(s.request_row_at), (REQUEST_COLUMNS,)),
+        carray(floats(s.engine_view_at), (s.engine_count, ENGINE_COLUMNS)),
+        carray(floats(s.engine_params_at), (s.engine_param_count,)),
+        scores,
+    )
+    best, fallback = NONE, NONE
+    for e in range(s.engine_count):
+        if engine_at(s.engines_at, e).accepting:
+            if fallback == NONE:
+                fallback = e
+            if scores[e] < math.inf and (best == NONE or scores[e] < scores[best]):
+                best = e
+    return best if best != NONE else fallback
+
+
+@jit
+def hand_over(s: State, r: int, e: int, now: float, request_key: Any) -> None:
+    """Send request ``r`` to engine ``e``."""
+    engine, request = engine_at(s.engines_at, e), request_at(s.requests_at, r)
+    settle_integrals(engine, now)
+    request.engine = e
+    engine.inflight += 1
+    engine.inflight_prompt += request.prompt
+    if request.generated == 0:
+        engine.prefill_requests += 1
+        engine.prefill_tokens += request.prompt
+    elif request.output > 1:
+        engine.tpot_rate += 1.0 / (request.output - 1)  # re-dispatched in the middle of its output
+    engine.dispatched += 1
+    s.last_engine = e
+    if request.user != NONE:
+        ints(s.user_engine_at)[request.user] = e
+    if request.session != NONE:
+        if ints(s.session_engine_at)[request.session] != e:
+            ints(s.session_tokens_at)[request.session] = 0
+        ints(s.session_engine_at)[request.session] = e
+    if request.template != NONE:
+        small(engine.template_seen_at)[request.template] = 1
+    push_waiting(s, engine, r, now, request_key)
+    if engine.activity == IDLE and not engine.hung:
+        engine.activity = READY
+        engine.event_s = now
+        if s.lockstep and not s.stepping:
+            s.stepping = 1
+            s.step_s = now

@@ -1,0 +1,248 @@
+"""The waiting queue of an engine: vLLM's two queues, and the queue of a request policy.
+
+- FCFS: a linked list; preempted requests go to its front (vLLM's deque).
+- Priority: a heap over (priority, arrival, id); preempted requests go back into it (vLLM's heap).
+- A policy: preempted requests wait in a front list that is served first, last preempted first, as the in-engine shim does
+  it; the others stand in a heap if the policy's score never changes, else in a list that is scanned for its minimum.
+
+Heaps are pairing heaps threaded through the request records, so that a queue of any length needs no memory of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import carray
+
+from servegym.baselines.interface import (
+    C_BLOCK_SIZE,
+    C_FREE_BLOCKS,
+    C_MAX_NUM_SEQS,
+    C_NOW_S,
+    C_PREFILL_TOKENS_PER_S,
+    C_RUNNING,
+    C_TOTAL_BLOCKS,
+    CONTEXT_COLUMNS,
+    Q_ARRIVAL_S,
+    Q_COMPUTED_TOKENS,
+    Q_DEADLINE_S,
+    Q_OUTPUT_TOKENS,
+    Q_PREDICTED_TOKENS,
+    Q_PREEMPTIONS,
+    Q_PRIORITY,
+    Q_PROMPT_TOKENS,
+    Q_SESSION,
+    Q_TURN,
+    Q_USER,
+    Q_WAIT_S,
+    QUEUE_COLUMNS,
+)
+from servegym.envs.simulator.kernel.jit import jit
+from servegym.envs.simulator.kernel.memory import floats, request_at
+from servegym.envs.simulator.kernel.state import (
+    NONE,
+    ORDER_DYNAMIC,
+    ORDER_FCFS,
+    ORDER_PRIORITY,
+    ORDER_STATIC,
+    WAITING,
+    Engine,
+    State,
+)
+
+
+@jit
+def _before(s: State, a: int, b: int) -> bool:
+    """Heap order: key, then arrival, then rank."""
+    x, y = request_at(s.requests_at, a), request_at(s.requests_at, b)
+    if x.key != y.key:
+        return x.key < y.key
+    if x.arrival_s != y.arrival_s:
+        return x.arrival_s < y.arrival_s
+    return x.rank < y.rank
+
+
+@jit
+def _meld(s: State, a: int, b: int) -> int:
+    """Join two heaps; NONE stands for an empty one."""
+    if a == NONE:
+        return b
+    if b == NONE:
+        return a
+    if _before(s, b, a):
+        a, b = b, a
+    request_at(s.requests_at, b).link = request_at(s.requests_at, a).heap_child
+    request_at(s.requests_at, a).heap_child = b
+    return a
+
+
+@jit
+def _without_root(s: State, root: int) -> int:
+    """The heap that remains when its root is taken away: siblings are melded in pairs, then right to left."""
+    pairs = NONE
+    current = request_at(s.requests_at, root).heap_child
+    while current != NONE:
+        following = request_at(s.requests_at, current).link
+        request_at(s.requests_at, current).link = NONE
+        if following == NONE:
+            merged, rest = current, NONE
+        else:
+            rest = request_at(s.requests_at, following).link
+            request_at(s.requests_at, following).link = NONE
+            merged = _meld(s, current, following)
+        request_at(s.requests_at, merged).link = pairs
+        pairs = merged
+        current = rest
+    result = NONE
+    while pairs != NONE:
+        following = request_at(s.requests_at, pairs).link
+        request_at(s.requests_at, pairs).link = NONE
+        result = _meld(s, result, pairs)
+        pairs = following
+    return result
+
+
+@jit
+def queue_row(s: State) -> Any:
+    """Scratch row of one waiting request, shape (QUEUE_COLUMNS,)."""
+    return carray(floats(s.queue_row_at), (QUEUE_COLUMNS,))
+
+
+@jit
+def context_row(s: State) -> Any:
+    """Scratch row of one engine's context, shape (CONTEXT_COLUMNS,)."""
+    return carray(floats(s.context_row_at), (CONTEXT_COLUMNS,))
+
+
+@jit
+def _policy_key(s: State, request_key: Any) -> float:
+    """Score the request in the scratch rows with the compiled policy."""
+    return request_key(queue_row(s), context_row(s), carray(floats(s.request_params_at), (s.request_param_count,)))
+
+
+@jit
+def fill_queue_row(s: State, r: int, now: float, oracle: bool) -> None:
+    """Write the ``Q_*`` entries of one waiting request into the scratch row."""
+    request, row = request_at(s.requests_at, r), queue_row(s)
+    row[Q_WAIT_S] = now - request.arrival_s
+    row[Q_PROMPT_TOKENS] = request.prompt + request.generated
+    row[Q_COMPUTED_TOKENS] = request.computed
+    row[Q_PRIORITY] = request.priority
+    row[Q_DEADLINE_S] = request.deadline_s
+    row[Q_USER] = request.user
+    row[Q_SESSION] = request.session
+    row[Q_TURN] = request.turn
+    row[Q_PREEMPTIONS] = request.preemptions
+    row[Q_ARRIVAL_S] = request.arrival_s
+    row[Q_OUTPUT_TOKENS] = request.output if oracle else math.nan
+    row[Q_PREDICTED_TOKENS] = request.predicted_tokens
+
+
+@jit
+def fill_context_row(s: State, engine: Engine, now: float) -> None:
+    """Write the ``C_*`` entries of an engine into the scratch row."""
+    row = context_row(s)
+    row[C_NOW_S] = now
+    row[C_RUNNING] = engine.running
+    row[C_MAX_NUM_SEQS] = engine.max_num_seqs
+    row[C_FREE_BLOCKS] = engine.free_blocks
+    row[C_TOTAL_BLOCKS] = engine.num_blocks - 1
+    row[C_BLOCK_SIZE] = engine.block_size
+    row[C_PREFILL_TOKENS_PER_S] = engine.prefill_tokens_per_s
+
+
+@jit
+def push_waiting(s: State, engine: Engine, r: int, now: float, request_key: Any) -> None:
+    """Add an arrived request to the waiting queue."""
+    request = request_at(s.requests_at, r)
+    request.status = WAITING
+    request.link = NONE
+    request.heap_child = NONE
+    engine.waiting += 1
+    engine.ordered = 0
+    if engine.order == ORDER_PRIORITY:
+        request.key = request.priority
+        engine.heap = _meld(s, engine.heap, r)
+    elif engine.order == ORDER_STATIC:
+        fill_queue_row(s, r, now, True)
+        fill_context_row(s, engine, now)
+        request.key = _policy_key(s, request_key)
+        engine.heap = _meld(s, engine.heap, r)
+    else:
+        if engine.queue_head == NONE:
+            engine.queue_head = r
+        else:
+            request_at(s.requests_at, engine.queue_tail).link = r
+        engine.queue_tail = r
+    if engine.order != ORDER_FCFS:
+        engine.blocked = 0  # the newcomer may stand before the head that did not fit
+
+
+@jit
+def push_preempted(s: State, engine: Engine, r: int) -> None:
+    """Put a preempted request back."""
+    request = request_at(s.requests_at, r)
+    request.status = WAITING
+    request.heap_child = NONE
+    engine.waiting += 1
+    engine.blocked = 0
+    if engine.order == ORDER_PRIORITY:
+        request.link = NONE
+        request.key = request.priority
+        engine.heap = _meld(s, engine.heap, r)
+    else:
+        request.link = engine.front
+        engine.front = r
+
+
+@jit
+def order_queue(s: State, engine: Engine, now: float, request_key: Any) -> None:
+    """Score the whole list of a policy whose scores change with time; once a step, as the in-engine shim does."""
+    if engine.order != ORDER_DYNAMIC:
+        return
+    fill_context_row(s, engine, now)
+    r = engine.queue_head
+    while r != NONE:
+        fill_queue_row(s, r, now, True)
+        request_at(s.requests_at, r).key = _policy_key(s, request_key)
+        r = request_at(s.requests_at, r).link
+
+
+@jit
+def peek_waiting(s: State, engine: Engine) -> int:
+    """The request to admit next; the queue is not empty."""
+    if engine.front != NONE:
+        return engine.front
+    if engine.order == ORDER_FCFS:
+        return engine.queue_head
+    if engine.order == ORDER_PRIORITY or engine.order == ORDER_STATIC:
+        return engine.heap
+    best = engine.queue_head
+    r = request_at(s.requests_at, best).link
+    while r != NONE:
+        # The list is in order of arrival, so that ties go to the earliest; NaN never wins.
+        if request_at(s.requests_at, r).key < request_at(s.requests_at, best).key or math.isnan(request_at(s.requests_at, best).key):
+            best = r
+        r = request_at(s.requests_at, r).link
+    return best
+
+
+@jit
+def pop_waiting(s: State, engine: Engine, r: int) -> None:
+    """Remove the request that ``peek_waiting`` returned."""
+    engine.waiting -= 1
+    if r == engine.front:
+        engine.front = request_at(s.requests_at, r).link
+    elif engine.order == ORDER_PRIORITY or engine.order == ORDER_STATIC:
+        engine.heap = _without_root(s, r)
+    elif r == engine.queue_head:
+        engine.queue_head = request_at(s.requests_at, r).link
+    else:
+        before = engine.queue_head
+        while request_at(s.requests_at, before).link != r:
+            before = request_at(s.requests_at, before).link
+        request_at(s.requests_at, before).link = request_at(s.requests_at, r).link
+        if engine.queue_tail == r:
+            engine.queue_tail = before
+    request_at(s.requests_at, r).link = NONE

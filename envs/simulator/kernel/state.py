@@ -1,0 +1,212 @@
+"""Memory of a simulated cluster: one record of the cluster, and tables with a record per request and per engine.
+
+Fields named ``*_at`` are addresses of arrays that ``build.Memory`` owns. Shapes: N engines, R requests, S
+``max_num_seqs``, B ``num_blocks``, H slots of the hash table.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+State: TypeAlias = Any  # a CLUSTER record, as compiled functions take it
+Engine: TypeAlias = Any  # an ENGINE record
+
+# Status of a request.
+PENDING, WAITING, PREFILL, DECODE, FINISHED = range(5)
+
+# Order of a waiting queue.
+ORDER_FCFS, ORDER_PRIORITY, ORDER_STATIC, ORDER_DYNAMIC, ORDER_EXTERNAL = range(5)
+
+# What an engine is doing: nothing, about to schedule, a step of decodes only, any other step.
+IDLE, READY, STEP_DECODE, STEP_MIXED = range(4)
+
+NONE = -1
+
+REQUEST = np.dtype(
+    [
+        # Given by the workload.
+        ("arrival_s", "f8"),
+        ("think_s", "f8"),
+        ("deadline_s", "f8"),
+        ("predicted_tokens", "f8"),
+        ("stream", "i8"),
+        ("prompt", "i4"),
+        ("output", "i4"),
+        ("user", "i4"),
+        ("session", "i4"),
+        ("turn", "i4"),
+        ("priority", "i4"),
+        ("child", "i4"),  # follow-up turn
+        ("template", "i4"),
+        ("template_tokens", "i4"),
+        ("rank", "i4"),  # breaks ties of a priority queue, as vLLM's request id does
+        ("shared_stream", "i4"),  # another request has the same stream
+        # Outcome.
+        ("first_s", "f8"),
+        ("finish_s", "f8"),
+        ("engine", "i4"),
+        ("preemptions", "i4"),
+        ("hit_tokens", "i4"),  # prompt tokens found in the prefix cache at first admission
+        ("retries", "i4"),  # dispatches beyond the first, after the death of an engine
+        # Progress.
+        ("key", "f8"),
+        ("tick0", "i8"),  # while decoding: generated tokens = engine tick - tick0
+        ("generated", "i4"),  # while not decoding
+        ("computed", "i4"),  # while not decoding: tokens whose KV is computed
+        ("row", "i4"),  # row of the block table, with prefix caching
+        ("link", "i4"),  # next in a queue, or next sibling in a heap
+        ("heap_child", "i4"),
+        ("status", "i4"),
+    ],
+    align=True,
+)
+
+ENGINE = np.dtype(
+    [
+        # Limits, as in vLLM.
+        ("block_size", "i8"),
+        ("num_blocks", "i8"),
+        ("max_num_seqs", "i8"),
+        ("max_num_batched_tokens", "i8"),
+        ("long_prefill_threshold", "i8"),
+        ("prefix_caching", "i8"),
+        ("priority_preemption", "i8"),  # victim by (priority, arrival), as vLLM's priority policy
+        ("order", "i8"),
+        # Cost.
+        ("slowdown", "f8"),  # factor on the duration of each step
+        ("fixed_s", "f8"),
+        ("sequence_s", "f8"),
+        ("pair_s", "f8"),
+        ("context_s", "f8"),
+        ("local_cost_at", "i8"),  # f8 (tokens + 1,)
+        ("moe_cost_at", "i8"),  # f8 (tokens + 1,)
+        ("prefill_tokens_per_s", "f8"),
+        ("decode_step_s", "f8"),
+        # Scheduler state.
+        ("activity", "i8"),
+        ("event_s", "f8"),  # end of the running step, or the time of the next scheduling
+        ("tick", "i8"),  # steps begun and completed
+        ("next_finish", "i8"),  # tick at which the first decoding request finishes
+        ("free_blocks", "i8"),
+        ("running", "i8"),
+        ("decoding", "i8"),
+        ("context", "i8"),  # tokens of all decoding requests
+        ("waiting", "i8"),
+        ("blocked", "i8"),  # the head of the queue did not fit and nothing has changed since
+        ("ordered", "i8"),  # external keys are valid for the next scheduling
+        ("queue_head", "i8"),
+        ("queue_tail", "i8"),
+        ("front", "i8"),  # preempted requests, served before the queue of a policy
+        ("heap", "i8"),
+        ("preempted_count", "i8"),  # in the last step
+        ("step_tokens", "i8"),
+        ("step_local_s", "f8"),  # duration of the step without MoE layers
+        ("rows_free", "i8"),
+        ("running_at", "i8"),  # i4 (S,) running requests in admission order
+        ("scheduled_at", "i8"),  # i4 (S,) their tokens in the running step
+        ("preempted_at", "i8"),  # i4 (S,) requests preempted by the running step
+        ("phases_at", "i8"),  # i4 (block size,) decoding requests by the step at which they need a block
+        # Prefix caching only.
+        ("pool_size", "i8"),  # B: entry B of the free queue is its head, B + 1 its tail
+        ("block_next_at", "i8"),  # i4 (B + 2,) free queue in order of reuse
+        ("block_prev_at", "i8"),  # i4 (B + 2,)
+        ("block_refs_at", "i8"),  # i4 (B + 2,)
+        ("block_hash_at", "i8"),  # i8 (B + 2,) 0 not hashed, 1 hashed but not in the table
+        ("block_twin_at", "i8"),  # i4 (B + 2,) next block of the same hash, in order of insertion
+        ("table_mask", "i8"),  # H - 1
+        ("table_keys_at", "i8"),  # i8 (H,) hash table, open addressing
+        ("table_blocks_at", "i8"),  # i4 (H,)
+        ("block_tables_at", "i8"),  # i4 (S, row_length)
+        ("row_length", "i8"),
+        ("rows_at", "i8"),  # i4 (S,) stack of free rows of the block tables
+        ("template_seen_at", "i8"),  # i1 (templates,)
+        # Availability.
+        ("accepting", "i8"),
+        ("alive", "i8"),
+        ("hung", "i8"),
+        ("reporting", "i8"),
+        # The router's exact counters.
+        ("inflight", "i8"),
+        ("inflight_prompt", "i8"),
+        ("prefill_requests", "i8"),
+        ("prefill_tokens", "i8"),
+        ("dispatched", "i8"),
+        ("ttft_ewma_s", "f8"),
+        ("itl_ewma_s", "f8"),
+        # Exact integrals over time up to integral_s, for rewards.
+        ("integral_s", "f8"),
+        ("integral_prefill", "f8"),
+        ("integral_inflight", "f8"),
+        ("integral_tpot", "f8"),
+        ("tpot_rate", "f8"),  # sum of 1 / (output - 1) over decoding requests
+        ("integral_late", "f8"),
+        # Statistics.
+        ("busy_s", "f8"),
+        ("steps", "i8"),
+        ("computed_tokens", "i8"),
+        ("preemptions", "i8"),
+        ("cache_queries", "i8"),
+        ("cache_hits", "i8"),
+        ("finished", "i8"),
+        ("peak_blocks", "i8"),
+    ],
+    align=True,
+)
+
+CLUSTER = np.dtype(
+    [
+        ("now_s", "f8"),
+        ("seed", "i8"),
+        ("lockstep", "i8"),
+        ("step_s", "f8"),  # lockstep: end of the step of all ranks
+        ("stepping", "i8"),
+        ("external_dispatch", "i8"),
+        ("pending", "i8"),  # request that waits for a dispatch decision
+        ("next_root", "i8"),
+        ("later", "i8"),  # entries of the heap of later arrivals
+        ("finished", "i8"),
+        ("arrived", "i8"),
+        ("last_engine", "i8"),
+        ("closed_loop", "i8"),
+        ("shortest_think_s", "f8"),
+        ("telemetry_period_s", "f8"),
+        ("telemetry_lag_s", "f8"),
+        ("telemetry_count", "i8"),
+        ("order_engine", "i8"),
+        ("stranded", "i8"),  # head of the list of requests that found no engine
+        ("event_count", "i8"),
+        ("logging", "i8"),
+        ("engine_count", "i8"),
+        ("root_count", "i8"),
+        ("prefix_block_tokens", "i8"),
+        ("telemetry_depth", "i8"),
+        ("requests_at", "i8"),  # REQUEST (R,)
+        ("engines_at", "i8"),  # ENGINE (N,)
+        ("roots_at", "i8"),  # i4 open-loop requests by arrival
+        ("later_s_at", "i8"),  # f8 (R,) binary heap of later arrivals: follow-ups and re-dispatches
+        ("later_at", "i8"),  # i4 (R,)
+        ("events_at", "i8"),  # i4 (2 R,) first tokens (2 r) and ends (2 r + 1), for hooks of policies
+        ("prefix_start_at", "i8"),  # i8 (R + 1,)
+        ("prefix_ids_at", "i8"),  # i8
+        ("telemetry_at", "i8"),  # TELEMETRY (depth, N), a ring of snapshots
+        ("user_engine_at", "i8"),  # i4 last engine by user
+        ("session_engine_at", "i8"),  # i4 last engine by session
+        ("session_tokens_at", "i8"),  # i4 tokens of a session that its last engine has seen
+        ("engine_view_at", "i8"),  # f8 (N, ENGINE_COLUMNS) view of the pending decision
+        ("request_row_at", "i8"),  # f8 (REQUEST_COLUMNS,)
+        ("scores_at", "i8"),  # f8 (N,)
+        ("queue_row_at", "i8"),  # f8 (QUEUE_COLUMNS,)
+        ("context_row_at", "i8"),  # f8 (CONTEXT_COLUMNS,)
+        ("engine_params_at", "i8"),  # f8
+        ("request_params_at", "i8"),  # f8
+        ("engine_param_count", "i8"),
+        ("request_param_count", "i8"),
+    ],
+    align=True,
+)
+
+TELEMETRY = np.dtype(
+    [("time_s", "f8"), ("waiting", "i8"), ("running", "i8"), ("kv_usage", "f8"), ("dispatched", "i8")], align=True
+)
