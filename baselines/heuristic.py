@@ -27,12 +27,15 @@ TURN = 2.0**-30
 
 
 class Heuristic:
-    """Base of the built-in policies of all layers."""
+    """Base of the built-in policies of all layers.
 
-    class Params(Config):
-        """No parameters."""
+    Attributes:
+        Params: the pydantic model of the policy's parameters; without fields where there are none.
+        params: the values in force.
+    """
 
-    params: Params
+    Params: ClassVar[type[Config]] = Config
+    params: Config
 
     def __init__(self, params: Any = None) -> None:
         self.params = self.Params() if params is None else params
@@ -68,7 +71,8 @@ def compiled_form(policy: Any) -> tuple[Callable[..., Any], FloatArray] | None:
 
 def only_available(engines: EngineViews, scores: FloatArray) -> FloatArray:
     """Return the scores with infinity at engines that take no requests, shape (engines,)."""
-    return np.where(engines.available > 0, scores, np.inf)
+    masked: FloatArray = np.where(engines.available > 0, scores, np.inf)
+    return masked
 
 
 def turns(count: int, first: int) -> FloatArray:
@@ -77,4 +81,5 @@ def turns(count: int, first: int) -> FloatArray:
     >>> turns(4, 3)
     array([1., 2., 3., 0.])
     """
-    return (np.arange(count) - first) % count * 1.0
+    places: FloatArray = (np.arange(count, dtype=np.float64) - first) % max(count, 1)
+    return places

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from servegym.configuration import Config, validate
-from servegym.errors import InputError, nearest
+from servegym.configuration import Config, explain
+from servegym.errors import InputError
 
 Layer = Literal["request", "engine", "expert"]
 LAYERS: tuple[Layer, ...] = get_args(Layer)
@@ -37,9 +37,9 @@ class PolicySpec(Config):
         """Read ``NAME`` or ``NAME,key=value,key=value``.
 
         Raises:
-            InputError: no name, or a part that is not ``key=value``.
+            InputError: no name, a part that is not ``key=value``, or a key twice.
         """
-        return validate(cls, _split(text), "policy")
+        return _parse(text, "policy")
 
     def __str__(self) -> str:
         return ",".join([self.name, *(f"{key}={value}" for key, value in self.params.items())])
@@ -54,14 +54,14 @@ def parse_layer(text: str) -> Layer:
     for layer in LAYERS:
         if text == layer:
             return layer
-    raise InputError("policy", text, f"unknown layer; {nearest(text, LAYERS)}; allowed: {', '.join(LAYERS)}")
+    raise InputError("--policy", text, f"unknown layer; allowed: {', '.join(LAYERS)}")
 
 
 def parse_policy_option(option: str) -> tuple[Layer, PolicySpec]:
     """Read the value of ``--policy``: ``LAYER=NAME`` or ``LAYER=NAME,key=value``.
 
     Raises:
-        InputError: no ``=``, an unknown layer, no name, or a part that is not ``key=value``.
+        InputError: no ``=``, an unknown layer, no name, a part that is not ``key=value``, or a key twice.
 
     >>> parse_policy_option("engine=session_sticky,max_gap=8")
     ('engine', PolicySpec(name='session_sticky', params={'max_gap': 8}))
@@ -69,21 +69,22 @@ def parse_policy_option(option: str) -> tuple[Layer, PolicySpec]:
     layer, equals, text = option.partition("=")
     if not equals:
         raise InputError("--policy", option, "allowed: LAYER=NAME or LAYER=NAME,key=value, such as engine=lmetric")
-    return parse_layer(layer.strip()), PolicySpec.parse(text)
+    return parse_layer(layer.strip()), _parse(text, "--policy")
+
+
+def _parse(text: str, source: str) -> PolicySpec:
+    try:
+        return PolicySpec.model_validate(text)
+    except ValidationError as error:
+        raise explain(error, PolicySpec, source) from None
 
 
 def _split(text: str) -> dict[str, Any]:
     name, *assignments = (part.strip() for part in text.split(","))
-    if not name:
-        raise InputError("policy", text, "no name; allowed: NAME or NAME,key=value")
-    params: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, value = (part.strip() for part in assignment.partition("="))
-        if not equals or not key:
-            raise InputError("policy", text, f"got {assignment!r} after the name; allowed: key=value")
-        if key in params:
-            raise InputError("policy", text, f"{key} is given twice")
-        params[key] = _scalar(value)
+    pairs = [tuple(part.strip() for part in assignment.partition("=")) for assignment in assignments]
+    params = {key: _scalar(value) for key, equals, value in pairs if key and equals}
+    if not name or len(params) < len(pairs):
+        raise ValueError("NAME or NAME,key=value,..., each key once")
     return {"name": name, "params": params}
 
 

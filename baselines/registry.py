@@ -159,10 +159,11 @@ def policy_class(layer: Layer, name: str) -> type[Any]:
         except Exception as error:
             raise InputError(source, "", _broken(error)) from error
     if (layer, name) in _entries:
-        return _entries[layer, name].policy
+        registered: type[Any] = _entries[layer, name].policy
+        return registered
     if ":" not in name:
         raise InputError(source, "", f"unknown policy; {nearest(name, names(layer))}")
-    policy = load_class(name, source)
+    policy: type[Any] = load_class(name, source)
     if problem := _unfit(layer, policy):
         raise InputError(source, "", problem)
     return policy

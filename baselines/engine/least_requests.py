@@ -46,7 +46,8 @@ class LeastRequests(Heuristic):
 class PowerOfTwo(Heuristic):
     """Of two different engines drawn at random, the one with fewer requests in flight.
 
-    ``score = inflight`` for the two drawn by the request's uniform draws, infinity elsewhere; the first drawn wins a tie.
+    ``score = inflight`` for the two drawn by the request's uniform draws, infinity elsewhere; the first one drawn
+    wins a tie.
     """
 
     def score(self, request: RequestView, engines: EngineViews) -> FloatArray:

@@ -88,20 +88,16 @@ class LoadAware(Heuristic):
         at_home = False
         for i in range(count):
             kv, load = engines[i, E_KV_USAGE], engines[i, E_INFLIGHT_PROMPT_TOKENS]
-            rotation = float((i - first) % count)
+            near = kv - min_kv <= params[1] and load - min_load <= params[2]
             out[i] = np.inf
-            if engines[i, E_AVAILABLE] > 0.0 and kv < theta_k:
-                near = kv - min_kv <= params[1] and load - min_load <= params[2]
-                if engines[i, E_USER_HOME] > 0.0 and near:
-                    at_home = True
-                    out[i] = -1.0
-                elif max_kv - min_kv > params[1]:
-                    out[i] = kv + TURN * rotation
-                elif max_load - min_load > params[2]:
-                    out[i] = load + TURN * rotation
-                else:
-                    out[i] = rotation
-        if at_home:
-            for i in range(count):
-                if -1.0 < out[i] < np.inf:
-                    out[i] = float((i - first) % count)
+            if engines[i, E_AVAILABLE] > 0.0 and kv < theta_k and near and engines[i, E_USER_HOME] > 0.0:
+                at_home = True
+                out[i] = -1.0
+        for i in range(count):
+            kv, load = engines[i, E_KV_USAGE], engines[i, E_INFLIGHT_PROMPT_TOKENS]
+            if engines[i, E_AVAILABLE] > 0.0 and kv < theta_k and out[i] > 0.0:
+                out[i] = (i - first) % count
+                if not at_home and max_kv - min_kv > params[1]:
+                    out[i] = kv + TURN * out[i]
+                elif not at_home and max_load - min_load > params[2]:
+                    out[i] = load + TURN * out[i]

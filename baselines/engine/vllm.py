@@ -1,8 +1,8 @@
 """vLLM's own load balancer over data-parallel engines, in three versions of ``v1/engine/core_client.py``.
 
-vLLM's front end keeps the counts of the last snapshot (every 100 ms) and corrects them after each choice until the next
-one arrives. ``dispatched_since`` is what those corrections add up to, so the rules need no state of their own. One front
-end (``client_count = 1``) is assumed. None of them looks at prompt lengths or prefix caches.
+vLLM's front end keeps the counts of the last snapshot (every 100 ms) and corrects them after each choice until the
+next one arrives. ``dispatched_since`` is what those corrections add up to, so the rules need no state of their own. One
+front end (``client_count = 1``) is assumed. None of them looks at prompt lengths or prefix caches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Vllm(Heuristic):
     """vLLM 0.32: unfinished requests, with waiting ones weighted by the pressure on the KV cache.
 
     With ``W = waiting + dispatched_since``: ``score = max(inflight, W + running) + 6 * W * max(0, kv_usage - 0.5)``.
-    The scan begins one engine later each time, so the first of equal engines after ``sum(dispatched) mod engines`` wins.
+    The scan begins one engine later each time, so of equal engines the first from ``sum(dispatched) mod engines`` on
+    wins.
     """
 
     def score(self, request: RequestView, engines: EngineViews) -> FloatArray:
@@ -87,7 +88,8 @@ class Vllm0p9(Heuristic):
     """vLLM 0.9: fewest waiting requests, then fewest running ones.
 
     Lexicographic minimum of ``(waiting, running)``. A request sent since the snapshot counts as waiting where the
-    snapshot had waiting requests, else as running. ``score = 1e6 * waiting + running``; the first of equal engines wins.
+    snapshot had waiting requests, else as running. ``score = 1e6 * waiting + running``; the first of equal engines
+    wins.
     """
 
     def score(self, request: RequestView, engines: EngineViews) -> FloatArray:

@@ -25,7 +25,8 @@ class Fcfs(RequestHeuristic):
 
     def score(self, queue: QueueView) -> FloatArray:
         """Return the arrival times, shape (waiting,)."""
-        return queue.arrival_s.copy()
+        scores: FloatArray = queue.arrival_s.copy()
+        return scores
 
     @staticmethod
     def compiled(item: FloatArray, context: FloatArray, params: FloatArray) -> float:
@@ -46,7 +47,8 @@ class Priority(RequestHeuristic):
 
     def score(self, queue: QueueView) -> FloatArray:
         """Return the keys, shape (waiting,)."""
-        return queue.priority * CLASS_WIDTH_S + queue.arrival_s
+        scores: FloatArray = queue.priority * CLASS_WIDTH_S + queue.arrival_s
+        return scores
 
     @staticmethod
     def compiled(item: FloatArray, context: FloatArray, params: FloatArray) -> float:

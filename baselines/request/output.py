@@ -32,7 +32,8 @@ class SjfOracle(RequestHeuristic):
 
     def score(self, queue: QueueView) -> FloatArray:
         """Return the true output lengths, shape (waiting,)."""
-        return queue.output_tokens.copy()
+        scores: FloatArray = queue.output_tokens.copy()
+        return scores
 
     @staticmethod
     def compiled(item: FloatArray, context: FloatArray, params: FloatArray) -> float:
@@ -59,7 +60,8 @@ class SrptOracle(RequestHeuristic):
     def score(self, queue: QueueView) -> FloatArray:
         """Return the work of each request in prefill tokens, shape (waiting,)."""
         remaining = queue.prompt_tokens - queue.computed_tokens
-        return remaining + self.params.decode_weight * queue.output_tokens
+        scores: FloatArray = remaining + self.params.decode_weight * queue.output_tokens
+        return scores
 
     @staticmethod
     def compiled(item: FloatArray, context: FloatArray, params: FloatArray) -> float:
@@ -86,7 +88,8 @@ class SjfPredicted(RequestHeuristic):
     def score(self, queue: QueueView) -> FloatArray:
         """Return the predicted output lengths, shape (waiting,)."""
         predicted = queue.predicted_tokens
-        return np.where(np.isnan(predicted), self.params.unknown_tokens, predicted)
+        scores: FloatArray = np.where(np.isnan(predicted), self.params.unknown_tokens, predicted)
+        return scores
 
     @staticmethod
     def compiled(item: FloatArray, context: FloatArray, params: FloatArray) -> float:

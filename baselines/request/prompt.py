@@ -42,7 +42,10 @@ class SjfAge(RequestHeuristic):
     def score(self, queue: QueueView) -> FloatArray:
         """Return the keys, shape (waiting,)."""
         wait = queue.wait_s
-        return np.where(wait > self.params.theta_age_s, -wait, queue.prompt_tokens - TOKENS_PER_WAIT_S * wait)
+        scores: FloatArray = np.where(
+            wait > self.params.theta_age_s, -wait, queue.prompt_tokens - TOKENS_PER_WAIT_S * wait
+        )
+        return scores
 
     @staticmethod
     def compiled(item: FloatArray, context: FloatArray, params: FloatArray) -> float:
@@ -72,7 +75,8 @@ class SpfAging(RequestHeuristic):
 
     def score(self, queue: QueueView) -> FloatArray:
         """Return the keys, shape (waiting,)."""
-        return queue.prompt_tokens - queue.computed_tokens + self.params.gamma * queue.arrival_s
+        scores: FloatArray = queue.prompt_tokens - queue.computed_tokens + self.params.gamma * queue.arrival_s
+        return scores
 
     @staticmethod
     def compiled(item: FloatArray, context: FloatArray, params: FloatArray) -> float:

@@ -115,6 +115,15 @@ class Memory:
             self.cluster[0][name] = value
         reset_pools(self.engines)
 
+    def lists(self, engine: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """The running list of an engine, the tokens scheduled for it, and the requests just preempted.
+
+        Each of shape (max_num_seqs,), valid up to the counts in the engine's record.
+        """
+        owned = {array.ctypes.data: array for array in self._owned}
+        record = self.engines[engine]
+        return owned[record["running_at"]], owned[record["scheduled_at"]], owned[record["preempted_at"]]
+
     def _own(self, array: npt.NDArray[Any]) -> int:
         """Keep an array alive and return its address."""
         self._owned.append(array)

@@ -1,0 +1,33 @@
+"""Entry points that drive a single engine step by step, for schedule traces and tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from servegym.envs.simulator.kernel.dispatch import hand_over
+from servegym.envs.simulator.kernel.jit import jit
+from servegym.envs.simulator.kernel.memory import engine_at
+from servegym.envs.simulator.kernel.scheduler import begin_step, finish_step
+from servegym.envs.simulator.kernel.state import IDLE
+
+
+@jit
+def enqueue(cluster: Any, r: int, now: float, key: Any) -> None:
+    """Send a request to engine 0."""
+    hand_over(cluster[0], r, 0, now, key)
+
+
+@jit
+def begin(cluster: Any, now: float, key: Any) -> float:
+    """Begin a step of engine 0; returns its duration in seconds, negative if there is nothing to do."""
+    s = cluster[0]
+    return begin_step(s, engine_at(s.engines_at, 0), now, key)
+
+
+@jit
+def finish(cluster: Any, now: float) -> None:
+    """Finish the step of engine 0."""
+    s = cluster[0]
+    engine = engine_at(s.engines_at, 0)
+    finish_step(s, engine, now)
+    engine.activity = IDLE
