@@ -27,10 +27,10 @@ def load_class(reference: str, source: str) -> Any:
     module_name, _, class_name = reference.rpartition(":")
     if not module_name or not class_name.isidentifier():
         raise InputError(source, "", "allowed: a registered name, module:Class or file.py:Class")
+    if module_name.endswith(".py") and not Path(module_name).is_file():
+        raise InputError(source, "", f"no file {module_name}")
     try:
         module = _import(module_name)
-    except FileNotFoundError:
-        raise InputError(source, "", f"no file {module_name}") from None
     except ModuleNotFoundError as error:
         raise InputError(source, "", f"no module {error.name!r}, neither installed nor in this directory") from error
     except Exception as error:
@@ -44,16 +44,12 @@ def load_class(reference: str, source: str) -> Any:
 
 def _import(name: str) -> ModuleType:
     if name.endswith(".py"):
-        return _import_file(Path(name))
+        path = Path(name).resolve()
+        return _execute(path, path.stat().st_mtime_ns)
     # The console script's search path lacks the current directory, where users keep their own modules.
     _make_importable(Path.cwd())
     importlib.invalidate_caches()
     return importlib.import_module(name)
-
-
-def _import_file(path: Path) -> ModuleType:
-    resolved = path.resolve(strict=True)
-    return _execute(resolved, resolved.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)

@@ -27,6 +27,7 @@ class Memory:
         requests: REQUEST records, shape (requests,).
         engine_view: view of the pending dispatch decision, shape (engines, ENGINE_COLUMNS).
         request_row: its request, shape (REQUEST_COLUMNS,).
+        totals: reward integrals at the arrival of each request, shape (requests, 3), if recorded.
         events: log of first tokens (2 r) and ends (2 r + 1), shape (2 * requests,), or empty.
     """
 
@@ -40,8 +41,12 @@ class Memory:
         lockstep: bool = False,
         external_dispatch: bool = False,
         log_events: bool = False,
+        oracle: bool = False,
+        record_totals: bool = False,
         engine_params: npt.ArrayLike = (),
         request_params: npt.ArrayLike = (),
+        engine_score: int = 0,
+        request_key: int = 0,
         seed: int = 0,
         source: str = "workload",
     ) -> None:
@@ -62,6 +67,7 @@ class Memory:
         self.engine_view = np.zeros((size, ENGINE_COLUMNS))
         self.request_row = np.zeros(REQUEST_COLUMNS)
         self.events = np.zeros(2 * count if log_events else 0, dtype=np.int32)
+        self.totals = np.zeros((count if record_totals else 0, 3))
         longest = int((table.prompt_tokens + table.output_tokens).max())
         costs = _costs(engines, lockstep)
         for record, spec, profile in zip(self.engines, engines, _profile_indices(engines), strict=True):
@@ -82,11 +88,15 @@ class Memory:
             "telemetry_lag_s": telemetry.lag_s,
             "telemetry_depth": depth,
             "logging": log_events,
+            "oracle": oracle,
+            "recording": record_totals,
             "engine_count": size,
             "root_count": len(roots),
             "prefix_block_tokens": table.prefix_block_tokens,
             "engine_param_count": len(parameters[0]),
             "request_param_count": len(parameters[1]),
+            "engine_score_at": engine_score,
+            "request_key_at": request_key,
         }
         fields |= dict.fromkeys(("pending", "last_engine", "order_engine", "stranded"), NONE)
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -104,6 +114,7 @@ class Memory:
             "session_tokens": np.zeros(sessions, dtype=np.int32),
             "engine_view": self.engine_view,
             "request_row": self.request_row,
+            "totals": self.totals,
             "scores": np.zeros(size),
             "queue_row": np.zeros(QUEUE_COLUMNS),
             "context_row": np.zeros(CONTEXT_COLUMNS),

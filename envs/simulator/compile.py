@@ -1,37 +1,74 @@
-"""Compiled forms of policies: plain arithmetic functions of a policy class turned into function pointers.
+"""Compiled forms of policies: arithmetic functions of a policy class, turned into C functions for the kernel.
 
-The kernel takes policies as first-class functions, so that one compiled kernel serves every policy.
+The kernel calls a policy through its address, so that one compiled kernel serves every policy.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
-from numba import types
+from numba import carray, types
 
-_ROW = types.float64[::1]
-ENGINE_SCORE = types.void(_ROW, types.float64[:, ::1], _ROW, _ROW)
-REQUEST_KEY = types.float64(_ROW, _ROW, _ROW)
+from servegym.baselines.interface import CONTEXT_COLUMNS, ENGINE_COLUMNS, QUEUE_COLUMNS, REQUEST_COLUMNS
 
-
-def _no_score(request: Any, engines: Any, params: Any, out: Any) -> None:
-    out[:] = 0.0
-
-
-def _no_key(item: Any, context: Any, params: Any) -> float:
-    return 0.0
+_NUMBERS = types.CPointer(types.float64)
+_ENGINE_SCORE = types.void(_NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, types.int64, types.int64)
+_REQUEST_KEY = types.float64(_NUMBERS, _NUMBERS, _NUMBERS, types.int64)
 
 
 @cache
-def engine_score(function: Callable[..., None] | None) -> Any:
-    """Compile ``policy.compiled`` of an engine policy; without one, a function that scores all engines alike."""
-    return numba.njit(ENGINE_SCORE, cache=True)(function or _no_score)
+def engine_score(function: Callable[..., None] | None) -> int:
+    """Compile ``policy.compiled`` of an engine policy and return its address; 0 for none."""
+    if function is None:
+        return 0
+    score = numba.njit(function)
+
+    def call(request: Any, engines: Any, params: Any, out: Any, count: int, param_count: int) -> None:
+        score(
+            carray(request, (REQUEST_COLUMNS,)),
+            carray(engines, (count, ENGINE_COLUMNS)),
+            carray(params, (param_count,)),
+            carray(out, (count,)),
+        )
+
+    return int(_keep(numba.cfunc(_ENGINE_SCORE)(call)).address)
 
 
 @cache
-def request_key(function: Callable[..., float] | None) -> Any:
-    """Compile ``policy.compiled`` of a request policy; without one, a function that scores all requests alike."""
-    return numba.njit(REQUEST_KEY, cache=True)(function or _no_key)
+def request_key(function: Callable[..., float] | None) -> int:
+    """Compile ``policy.compiled`` of a request policy and return its address; 0 for none."""
+    if function is None:
+        return 0
+    key = numba.njit(function)
+
+    def call(item: Any, context: Any, params: Any, param_count: int) -> Any:
+        return key(
+            carray(item, (QUEUE_COLUMNS,)), carray(context, (CONTEXT_COLUMNS,)), carray(params, (param_count,))
+        )
+
+    return int(_keep(numba.cfunc(_REQUEST_KEY)(call)).address)
+
+
+_kept: list[Any] = []
+
+
+def _keep(function: Any) -> Any:
+    """Keep a C function alive for as long as its address may be called."""
+    _kept.append(function)
+    return function
+
+
+@cache
+def announce_compilation() -> None:
+    """Say on stderr, once a process, that the kernel is about to be compiled, unless its cache on disk is warm."""
+    from servegym.envs.simulator.kernel.cluster import advance_to_decision
+
+    cache_file = getattr(getattr(advance_to_decision, "_cache", None), "_cache_file", None)
+    index = getattr(cache_file, "_index_path", None)
+    if index is not None and not Path(index).exists():
+        print("servegym: compiling the simulator, once (about 20 s)", file=sys.stderr, flush=True)

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from servegym.configuration import Config
 from servegym.envs.profiles.profile import EngineLimits, Profile, StepTime, TokenCurve
 from servegym.envs.simulator.build import Memory
-from servegym.envs.simulator.compile import request_key
 from servegym.envs.simulator.config import EngineSpec, Telemetry
 from servegym.envs.simulator.kernel import single
 from servegym.envs.simulator.kernel.state import ORDER_FCFS, ORDER_PRIORITY, STEP_DECODE
@@ -74,7 +73,6 @@ def schedule_trace(spec: ScheduleSpec, source: str = "spec") -> Iterator[dict[st
         InputError: a request can never fit.
     """
     memory = _memory(spec, source)
-    key = request_key(None)
     engine = memory.engines[0]
     running, scheduled, preempted = memory.lists(0)
     names = [request.id for request in spec.requests]
@@ -82,9 +80,9 @@ def schedule_trace(spec: ScheduleSpec, source: str = "spec") -> Iterator[dict[st
     step = 0
     while memory.cluster["finished"][0] < len(names):
         while arrivals and spec.requests[arrivals[0]].arrival_step <= step:
-            single.enqueue(memory.cluster, arrivals.pop(0), float(step), key)
+            single.enqueue(memory.cluster, arrivals.pop(0), float(step))
         line: dict[str, Any] = {"step": step, "scheduled": {}, "preempted": []}
-        busy = single.begin(memory.cluster, float(step), key) >= 0
+        busy = single.begin(memory.cluster, float(step)) >= 0
         if busy:
             count = int(engine["running"])
             tokens = np.ones(count, dtype=np.int32) if engine["activity"] == STEP_DECODE else scheduled[:count]

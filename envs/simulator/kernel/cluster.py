@@ -11,11 +11,12 @@ import math
 from typing import Any
 
 import numpy as np
+from numba import carray
 
 from servegym.envs.simulator.kernel.arrivals import next_arrival_s, pop_arrival
-from servegym.envs.simulator.kernel.dispatch import choose, fill_view, hand_over, take_telemetry
+from servegym.envs.simulator.kernel.dispatch import choose, fill_view, hand_over, strand, take_telemetry
 from servegym.envs.simulator.kernel.jit import jit
-from servegym.envs.simulator.kernel.memory import engine_at, floats, request_at
+from servegym.envs.simulator.kernel.memory import engine_at, floats
 from servegym.envs.simulator.kernel.scheduler import (
     NEEDS_ORDER,
     NOTHING_TO_DO,
@@ -30,7 +31,7 @@ DONE, HORIZON, DISPATCH, ORDER = range(4)
 
 
 @jit
-def _advance_engine(s: State, e: int, limit: float, request_key: Any) -> bool:
+def _advance_engine(s: State, e: int, limit: float) -> bool:
     """Run one engine's events before ``limit``; False if it waits for an external order of its queue."""
     engine = engine_at(s.engines_at, e)
     while engine.event_s < limit:
@@ -38,7 +39,7 @@ def _advance_engine(s: State, e: int, limit: float, request_key: Any) -> bool:
         if engine.activity >= STEP_DECODE:
             finish_step(s, engine, now)
             engine.activity = READY
-        duration = begin_step(s, engine, now, request_key)
+        duration = begin_step(s, engine, now)
         if duration == NEEDS_ORDER:
             s.order_engine = e
             return False
@@ -52,7 +53,7 @@ def _advance_engine(s: State, e: int, limit: float, request_key: Any) -> bool:
 
 
 @jit
-def _advance_lockstep(s: State, limit: float, request_key: Any) -> bool:
+def _advance_lockstep(s: State, limit: float) -> bool:
     """Run the common steps of all ranks before ``limit``; a step lasts as long as its slowest rank.
 
     Ranks without work run a dummy batch of one token. MoE layers see the tokens of all ranks together.
@@ -73,7 +74,7 @@ def _advance_lockstep(s: State, limit: float, request_key: Any) -> bool:
             if not engine.alive:
                 continue
             if engine.activity == READY:
-                duration = begin_step(s, engine, now, request_key)
+                duration = begin_step(s, engine, now)
                 if duration == NEEDS_ORDER:
                     s.order_engine = e
                     return False
@@ -102,19 +103,19 @@ def _advance_lockstep(s: State, limit: float, request_key: Any) -> bool:
 
 
 @jit
-def _advance_engines(s: State, limit: float, request_key: Any) -> bool:
+def _advance_engines(s: State, limit: float) -> bool:
     """Run all events of engines before ``limit``, or before the first follow-up that they may cause."""
     if s.lockstep:
         if s.closed_loop and s.stepping:
             limit = min(limit, max(s.step_s + s.shortest_think_s, np.nextafter(s.step_s, math.inf)))
-        return _advance_lockstep(s, limit, request_key)
+        return _advance_lockstep(s, limit)
     if s.closed_loop:
         first = math.inf
         for e in range(s.engine_count):
             first = min(first, engine_at(s.engines_at, e).event_s)
         limit = min(limit, max(first + s.shortest_think_s, np.nextafter(first, math.inf)))
     for e in range(s.engine_count):
-        if engine_at(s.engines_at, e).event_s < limit and not _advance_engine(s, e, limit, request_key):
+        if engine_at(s.engines_at, e).event_s < limit and not _advance_engine(s, e, limit):
             return False
     return True
 
@@ -130,30 +131,30 @@ def _next_engine_event_s(s: State) -> float:
 
 
 @jit
-def settle_all(cluster: Any, now: float) -> None:
-    """Extend the reward integrals of all engines to ``now``."""
-    s = cluster[0]
+def sum_integrals(s: State, now: float, out: Any) -> None:
+    """Add up the reward integrals of all engines from the start to ``now``.
+
+    Args:
+        out: output, shape (3,): requests without first token, requests in flight, sum of 1 / (output - 1) over requests
+            between first and last token; each integrated over time, in seconds.
+    """
+    out[0] = out[1] = out[2] = 0.0
     for e in range(s.engine_count):
-        settle_integrals(engine_at(s.engines_at, e), now)
+        engine = engine_at(s.engines_at, e)
+        settle_integrals(engine, now)
+        out[0] += engine.integral_prefill
+        out[1] += engine.integral_inflight
+        out[2] += engine.integral_tpot
 
 
 @jit
-def _strand(s: State, r: int) -> None:
-    """Keep a request that found no engine, until one returns."""
-    request_at(s.requests_at, r).link = s.stranded
-    s.stranded = r
-
-
-@jit
-def advance(cluster: Any, horizon: float, action: int, engine_score: Any, request_key: Any) -> int:
+def advance(cluster: Any, horizon: float, action: int) -> int:
     """Run the cluster up to ``horizon`` or to the next decision that is not compiled.
 
     Args:
         cluster: the cluster's record, an array of one.
         horizon: stop before events at or after this time, seconds.
         action: engine for the request that waits for a decision, NONE if none does.
-        engine_score: compiled engine policy, ignored with external dispatch.
-        request_key: compiled request policy, ignored unless an engine's queue uses one.
 
     Returns:
         DONE when nothing is left to happen, HORIZON, DISPATCH with the view filled and ``pending`` set, or ORDER with
@@ -165,7 +166,7 @@ def advance(cluster: Any, horizon: float, action: int, engine_score: Any, reques
             return DISPATCH
         r = s.pending
         s.pending = NONE
-        hand_over(s, r, action, s.now_s, request_key)
+        hand_over(s, r, action, s.now_s)
     while True:
         arrival = next_arrival_s(s)
         snapshot = math.inf
@@ -175,7 +176,7 @@ def advance(cluster: Any, horizon: float, action: int, engine_score: Any, reques
             return DONE
         limit = min(horizon, min(arrival, snapshot))
         if _next_engine_event_s(s) < limit:
-            if not _advance_engines(s, limit, request_key):
+            if not _advance_engines(s, limit):
                 return ORDER
             continue
         if horizon <= limit:
@@ -187,16 +188,30 @@ def advance(cluster: Any, horizon: float, action: int, engine_score: Any, reques
             continue
         r = pop_arrival(s)
         s.arrived += 1
+        if s.recording:
+            sum_integrals(s, arrival, carray(floats(s.totals_at + 24 * r), (3,)))
         fill_view(s, r, arrival)
         if s.external_dispatch:
             for e in range(s.engine_count):
                 if engine_at(s.engines_at, e).accepting:
                     s.pending = r
                     return DISPATCH
-            _strand(s, r)
+            strand(s, r, arrival)
             continue
-        choice = choose(s, engine_score)
+        choice = choose(s)
         if choice == NONE:
-            _strand(s, r)
+            strand(s, r, arrival)
         else:
-            hand_over(s, r, choice, arrival, request_key)
+            hand_over(s, r, choice, arrival)
+
+
+@jit
+def advance_to_decision(cluster: Any, horizon: float, action: int, totals: Any) -> int:
+    """As :func:`advance`, and write the reward integrals at the time reached into ``totals``, shape (3,)."""
+    reason = advance(cluster, horizon, action)
+    s = cluster[0]
+    if reason == DONE:
+        for e in range(s.engine_count):
+            s.now_s = max(s.now_s, engine_at(s.engines_at, e).integral_s)
+    sum_integrals(s, s.now_s, totals)
+    return reason

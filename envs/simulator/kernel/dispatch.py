@@ -45,9 +45,18 @@ from servegym.baselines.interface import (
     R_USER,
     REQUEST_COLUMNS,
 )
+from servegym.envs.simulator.kernel.arrivals import push_later
 from servegym.envs.simulator.kernel.blocks import mix
 from servegym.envs.simulator.kernel.jit import jit
-from servegym.envs.simulator.kernel.memory import engine_at, floats, ints, request_at, small, telemetry_at
+from servegym.envs.simulator.kernel.memory import (
+    call_engine_score,
+    engine_at,
+    floats,
+    ints,
+    request_at,
+    small,
+    telemetry_at,
+)
 from servegym.envs.simulator.kernel.queues import push_waiting
 from servegym.envs.simulator.kernel.scheduler import settle_integrals
 from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, State
@@ -159,14 +168,17 @@ def fill_view(s: State, r: int, now: float) -> None:
 
 
 @jit
-def choose(s: State, engine_score: Any) -> int:
-    """Score the engines of the filled view with a compiled policy; NONE if no engine accepts requests."""
+def choose(s: State) -> int:
+    """Score the engines of the filled view with the compiled policy; NONE if no engine accepts requests."""
     scores = carray(floats(s.scores_at), (s.engine_count,))
-    engine_score(
-        carray(floats(s.request_row_at), (REQUEST_COLUMNS,)),
-        carray(floats(s.engine_view_at), (s.engine_count, ENGINE_COLUMNS)),
-        carray(floats(s.engine_params_at), (s.engine_param_count,)),
-        scores,
+    call_engine_score(
+        s.engine_score_at,
+        s.request_row_at,
+        s.engine_view_at,
+        s.engine_params_at,
+        s.scores_at,
+        s.engine_count,
+        s.engine_param_count,
     )
     best, fallback = NONE, NONE
     for e in range(s.engine_count):
@@ -179,7 +191,7 @@ def choose(s: State, engine_score: Any) -> int:
 
 
 @jit
-def hand_over(s: State, r: int, e: int, now: float, request_key: Any) -> None:
+def hand_over(s: State, r: int, e: int, now: float) -> None:
     """Send request ``r`` to engine ``e``."""
     engine, request = engine_at(s.engines_at, e), request_at(s.requests_at, r)
     settle_integrals(engine, now)
@@ -201,10 +213,37 @@ def hand_over(s: State, r: int, e: int, now: float, request_key: Any) -> None:
         ints(s.session_engine_at)[request.session] = e
     if request.template != NONE:
         small(engine.template_seen_at)[request.template] = 1
-    push_waiting(s, engine, r, now, request_key)
+    push_waiting(s, engine, r, now)
     if engine.activity == IDLE and not engine.hung:
         engine.activity = READY
         engine.event_s = now
         if s.lockstep and not s.stepping:
             s.stepping = 1
             s.step_s = now
+
+
+@jit
+def strand(s: State, r: int, now: float) -> None:
+    """Keep a request that found no engine, until one returns."""
+    request = request_at(s.requests_at, r)
+    request.link = s.stranded
+    request.key = now
+    s.stranded = r
+
+
+@jit
+def rescue(s: State, now: float) -> None:
+    """Let stranded requests arrive again; the time they were stranded enters the reward integrals."""
+    engine = engine_at(s.engines_at, 0)
+    while s.stranded != NONE:
+        r = s.stranded
+        request = request_at(s.requests_at, r)
+        s.stranded = request.link
+        request.link = NONE
+        span = now - request.key
+        engine.integral_inflight += span
+        if request.generated == 0:
+            engine.integral_prefill += span
+        elif request.output > 1:
+            engine.integral_tpot += span / (request.output - 1)
+        push_later(s, r, now)

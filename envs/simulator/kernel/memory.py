@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -43,6 +44,33 @@ def _element(dtype: Any) -> Any:
     return intrinsic(element)
 
 
+def _call(result: types.Type, pointers: int, integers: int) -> Any:
+    """An intrinsic that calls a C function at an address with addresses of float64 arrays and with integers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, *rest = arguments
+        places = [builder.inttoptr(argument, ir.DoubleType().as_pointer()) for argument in rest[:pointers]]
+        values = places + rest[pointers:]
+        function_type = ir.FunctionType(
+            context.get_value_type(result) if result is not types.void else ir.VoidType(),
+            [value.type for value in values],
+        )
+        returned = builder.call(builder.inttoptr(address, function_type.as_pointer()), values)
+        return returned if result is not types.void else context.get_dummy_value()
+
+    if pointers + integers == 6:
+
+        def call6(typing_context: Any, f: Any, a: Any, b: Any, c: Any, d: Any, e: Any, g: Any) -> Any:
+            return result(*[types.int64] * 7), generate
+
+        return intrinsic(call6)
+
+    def call4(typing_context: Any, f: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        return result(*[types.int64] * 5), generate
+
+    return intrinsic(call4)
+
+
 ints = _pointer(types.int32)
 longs = _pointer(types.int64)
 floats = _pointer(types.float64)
@@ -50,3 +78,5 @@ small = _pointer(types.int8)
 request_at = _element(REQUEST)
 engine_at = _element(ENGINE)
 telemetry_at = _element(TELEMETRY)
+call_engine_score = _call(types.void, pointers=4, integers=2)
+call_request_key = _call(types.float64, pointers=3, integers=1)

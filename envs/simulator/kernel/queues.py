@@ -39,7 +39,7 @@ from servegym.baselines.interface import (
     QUEUE_COLUMNS,
 )
 from servegym.envs.simulator.kernel.jit import jit
-from servegym.envs.simulator.kernel.memory import floats, request_at
+from servegym.envs.simulator.kernel.memory import call_request_key, engine_at, floats, request_at
 from servegym.envs.simulator.kernel.state import (
     NONE,
     ORDER_DYNAMIC,
@@ -116,13 +116,15 @@ def context_row(s: State) -> Any:
 
 
 @jit
-def _policy_key(s: State, request_key: Any) -> float:
+def _policy_key(s: State) -> float:
     """Score the request in the scratch rows with the compiled policy."""
-    return request_key(queue_row(s), context_row(s), carray(floats(s.request_params_at), (s.request_param_count,)))
+    return call_request_key(
+        s.request_key_at, s.queue_row_at, s.context_row_at, s.request_params_at, s.request_param_count
+    )
 
 
 @jit
-def fill_queue_row(s: State, r: int, now: float, oracle: bool) -> None:
+def fill_queue_row(s: State, r: int, now: float) -> None:
     """Write the ``Q_*`` entries of one waiting request into the scratch row."""
     request, row = request_at(s.requests_at, r), queue_row(s)
     row[Q_WAIT_S] = now - request.arrival_s
@@ -135,7 +137,7 @@ def fill_queue_row(s: State, r: int, now: float, oracle: bool) -> None:
     row[Q_TURN] = request.turn
     row[Q_PREEMPTIONS] = request.preemptions
     row[Q_ARRIVAL_S] = request.arrival_s
-    row[Q_OUTPUT_TOKENS] = request.output if oracle else math.nan
+    row[Q_OUTPUT_TOKENS] = request.output if s.oracle else math.nan
     row[Q_PREDICTED_TOKENS] = request.predicted_tokens
 
 
@@ -153,7 +155,7 @@ def fill_context_row(s: State, engine: Engine, now: float) -> None:
 
 
 @jit
-def push_waiting(s: State, engine: Engine, r: int, now: float, request_key: Any) -> None:
+def push_waiting(s: State, engine: Engine, r: int, now: float) -> None:
     """Add an arrived request to the waiting queue."""
     request = request_at(s.requests_at, r)
     request.status = WAITING
@@ -165,9 +167,9 @@ def push_waiting(s: State, engine: Engine, r: int, now: float, request_key: Any)
         request.key = request.priority
         engine.heap = _meld(s, engine.heap, r)
     elif engine.order == ORDER_STATIC:
-        fill_queue_row(s, r, now, True)
+        fill_queue_row(s, r, now)
         fill_context_row(s, engine, now)
-        request.key = _policy_key(s, request_key)
+        request.key = _policy_key(s)
         engine.heap = _meld(s, engine.heap, r)
     else:
         if engine.queue_head == NONE:
@@ -197,15 +199,15 @@ def push_preempted(s: State, engine: Engine, r: int) -> None:
 
 
 @jit
-def order_queue(s: State, engine: Engine, now: float, request_key: Any) -> None:
+def order_queue(s: State, engine: Engine, now: float) -> None:
     """Score the whole list of a policy whose scores change with time; once a step, as the in-engine shim does."""
     if engine.order != ORDER_DYNAMIC:
         return
     fill_context_row(s, engine, now)
     r = engine.queue_head
     while r != NONE:
-        fill_queue_row(s, r, now, True)
-        request_at(s.requests_at, r).key = _policy_key(s, request_key)
+        fill_queue_row(s, r, now)
+        request_at(s.requests_at, r).key = _policy_key(s)
         r = request_at(s.requests_at, r).link
 
 
@@ -246,3 +248,33 @@ def pop_waiting(s: State, engine: Engine, r: int) -> None:
         if engine.queue_tail == r:
             engine.queue_tail = before
     request_at(s.requests_at, r).link = NONE
+
+
+@jit
+def read_queue_of(cluster: Any, e: int, rows: Any, members: Any, context: Any) -> int:
+    """Copy the queue of an engine whose order an external policy decides, in order of arrival.
+
+    Args:
+        cluster: the cluster's record, an array of one.
+        e: the engine.
+        rows: output, shape (at least waiting, QUEUE_COLUMNS).
+        members: output, indices of the requests, shape (at least waiting,).
+        context: output, shape (CONTEXT_COLUMNS,).
+
+    Returns:
+        Number of requests; those preempted stand before the queue and are not part of it.
+    """
+    s = cluster[0]
+    engine = engine_at(s.engines_at, e)
+    now = engine.event_s
+    fill_context_row(s, engine, now)
+    context[:] = context_row(s)
+    count = 0
+    r = engine.queue_head
+    while r != NONE:
+        fill_queue_row(s, r, now)
+        rows[count, :] = queue_row(s)
+        members[count] = r
+        count += 1
+        r = request_at(s.requests_at, r).link
+    return count

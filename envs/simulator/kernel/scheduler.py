@@ -265,7 +265,7 @@ def _begin_decode_step(s: State, engine: Engine) -> bool:
 
 
 @jit
-def begin_step(s: State, engine: Engine, now: float, request_key: Any) -> float:
+def begin_step(s: State, engine: Engine, now: float) -> float:
     """Schedule the next step of an engine.
 
     Returns:
@@ -294,7 +294,7 @@ def begin_step(s: State, engine: Engine, now: float, request_key: Any) -> float:
         threshold = engine.long_prefill_threshold if engine.running + engine.waiting > 1 else 0
         budget = _schedule_running(s, engine, engine.max_num_batched_tokens, threshold)
         if engine.preempted_count == 0 and may_admit:
-            order_queue(s, engine, now, request_key)
+            order_queue(s, engine, now)
             _schedule_waiting(s, engine, budget, threshold)
         engine.ordered = 0
         _step_cost(s, engine)

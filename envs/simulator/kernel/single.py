@@ -12,16 +12,16 @@ from servegym.envs.simulator.kernel.state import IDLE
 
 
 @jit
-def enqueue(cluster: Any, r: int, now: float, key: Any) -> None:
+def enqueue(cluster: Any, r: int, now: float) -> None:
     """Send a request to engine 0."""
-    hand_over(cluster[0], r, 0, now, key)
+    hand_over(cluster[0], r, 0, now)
 
 
 @jit
-def begin(cluster: Any, now: float, key: Any) -> float:
+def begin(cluster: Any, now: float) -> float:
     """Begin a step of engine 0; returns its duration in seconds, negative if there is nothing to do."""
     s = cluster[0]
-    return begin_step(s, engine_at(s.engines_at, 0), now, key)
+    return begin_step(s, engine_at(s.engines_at, 0), now)
 
 
 @jit

@@ -126,6 +126,7 @@ ENGINE = np.dtype(
         ("accepting", "i8"),
         ("alive", "i8"),
         ("hung", "i8"),
+        ("hung_s", "f8"),  # what was left of the running step when the engine hung
         ("reporting", "i8"),
         # The router's exact counters.
         ("inflight", "i8"),
@@ -176,6 +177,9 @@ CLUSTER = np.dtype(
         ("telemetry_count", "i8"),
         ("order_engine", "i8"),
         ("stranded", "i8"),  # head of the list of requests that found no engine
+        ("oracle", "i8"),  # the request policy is granted true output lengths
+        ("recording", "i8"),
+        ("totals_at", "i8"),  # f8 (R, 3) reward integrals at the arrival of each request, while recording
         ("event_count", "i8"),
         ("logging", "i8"),
         ("engine_count", "i8"),
@@ -202,6 +206,8 @@ CLUSTER = np.dtype(
         ("engine_params_at", "i8"),  # f8
         ("request_params_at", "i8"),  # f8
         ("engine_param_count", "i8"),
+        ("engine_score_at", "i8"),  # compiled engine policy, see compile.py
+        ("request_key_at", "i8"),  # compiled request policy
         ("request_param_count", "i8"),
     ],
     align=True,

@@ -1,0 +1,112 @@
+"""The rule of every queue order, on queues small enough to order by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from servegym.baselines import registry
+
+
+def order(spec: str, queue) -> list[int]:
+    return np.argsort(registry.create("request", spec).score(queue), kind="stable").tolist()
+
+
+def test_fcfs(make_queue) -> None:
+    assert order("fcfs", make_queue(9.0, arrival_s=[3, 1, 2])) == [1, 2, 0]
+
+
+def test_priority_then_arrival(make_queue) -> None:
+    queue = make_queue(9.0, arrival_s=[1, 2, 3, 4, 5], priority=[1, 0, -3, 1, 0])
+    assert order("priority", queue) == [2, 1, 4, 0, 3]
+
+
+def test_priority_outweighs_any_arrival(make_queue) -> None:
+    assert order("priority", make_queue(9e6, arrival_s=[0, 8.64e6], priority=[1000, 999])) == [1, 0]
+    assert order("priority", make_queue(9.0, arrival_s=[1.00001, 1.0], priority=[1000, 1000])) == [1, 0]
+
+
+def test_sjf_age_orders_by_prompt_and_promotes_the_old(make_queue) -> None:
+    queue = make_queue(10.0, arrival_s=[4.9, 4.0, 5.0, 8.0, 9.0], prompt_tokens=[9000, 9999, 300, 100, 300])
+    # The first two waited longer than 5 s, the third exactly 5 s; equal prompts go by arrival.
+    assert order("sjf_age", queue) == [1, 0, 3, 2, 4]
+    assert order("sjf_age,theta_age_s=100", queue) == [3, 2, 4, 0, 1]
+
+
+def test_spf_aging_trades_tokens_for_waiting(make_queue) -> None:
+    queue = make_queue(10.0, arrival_s=[0, 9], prompt_tokens=[1000, 200])  # 9 s of waiting against 800 tokens
+    assert order("spf_aging", queue) == [0, 1]
+    assert order("spf_aging,gamma=80", queue) == [1, 0]
+    assert order("spf_aging,gamma=0", queue) == [1, 0]
+
+
+def test_spf_aging_counts_what_remains(make_queue) -> None:
+    queue = make_queue(1.0, arrival_s=[0, 0], prompt_tokens=[1000, 900], computed_tokens=[512, 0])
+    assert registry.create("request", "spf_aging").score(queue).tolist() == [488, 900]
+
+
+def test_spf_aging_is_the_published_order(make_queue, draw_queue) -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(100):
+        queue = draw_queue(rng)
+        published = queue.prompt_tokens - queue.computed_tokens - 7.0 * queue.wait_s
+        shifted = registry.create("request", "spf_aging,gamma=7").score(queue)
+        np.testing.assert_allclose(shifted - published, 7.0 * queue.now_s)
+
+
+def test_output_length_orders(make_queue) -> None:
+    queue = make_queue(
+        1.0,
+        arrival_s=[0, 0, 0],
+        prompt_tokens=[100, 5000, 10],
+        output_tokens=[50, 10, 90],
+        predicted_tokens=[300, 200, np.nan],
+    )
+    assert order("sjf_oracle", queue) == [1, 0, 2]
+    assert order("srpt_oracle", queue) == [0, 2, 1]  # 100 + 20 * 50, 10 + 20 * 90, 5000 + 20 * 10
+    assert order("srpt_oracle,decode_weight=1000", queue) == [1, 0, 2]
+    assert order("sjf_predicted", queue) == [1, 2, 0]  # 256 tokens where nothing is predicted
+    assert order("sjf_predicted,unknown_tokens=1000", queue) == [1, 0, 2]
+
+
+@pytest.mark.parametrize("spec", registry.names("request"))
+def test_declared_static_means_that_time_changes_nothing(make_queue, draw_queue, spec) -> None:
+    policy = registry.create("request", spec)
+    rng = np.random.default_rng(4)
+    changed = False
+    for _ in range(50):
+        queue = draw_queue(rng)
+        later = make_queue(
+            queue.now_s + 3.0,
+            **{
+                name: getattr(queue, name)
+                for name in (
+                    "arrival_s",
+                    "prompt_tokens",
+                    "computed_tokens",
+                    "priority",
+                    "output_tokens",
+                    "predicted_tokens",
+                )
+            },
+        )
+        changed |= not np.array_equal(policy.score(queue), policy.score(later))
+    assert changed != policy.static
+
+
+def test_attributes_that_the_simulator_reads() -> None:
+    attributes = {
+        name: (policy.native, policy.needs_oracle)
+        for name in registry.names("request")
+        for policy in [registry.policy_class("request", name)]
+    }
+    assert {name for name, (_, oracle) in attributes.items() if oracle} == {"sjf_oracle", "srpt_oracle"}
+    assert {name: native for name, (native, _) in attributes.items() if native} == {
+        "fcfs": "fcfs",
+        "priority": "priority",
+    }
+
+
+@pytest.mark.parametrize("spec", registry.names("request"))
+def test_an_empty_queue(make_queue, spec) -> None:
+    assert registry.create("request", spec).score(make_queue(1.0, arrival_s=[])).shape == (0,)
