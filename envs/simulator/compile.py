@@ -26,7 +26,7 @@ def engine_score(function: Callable[..., None] | None) -> int:
     """Compile ``policy.compiled`` of an engine policy and return its address; 0 for none."""
     if function is None:
         return 0
-    score = numba.njit(function)
+    score = _compile(function)
 
     def call(request: Any, engines: Any, params: Any, out: Any, count: int, param_count: int) -> None:
         score(
@@ -44,7 +44,7 @@ def request_key(function: Callable[..., float] | None) -> int:
     """Compile ``policy.compiled`` of a request policy and return its address; 0 for none."""
     if function is None:
         return 0
-    key = numba.njit(function)
+    key = _compile(function)
 
     def call(item: Any, context: Any, params: Any, param_count: int) -> Any:
         return key(
@@ -52,6 +52,13 @@ def request_key(function: Callable[..., float] | None) -> int:
         )
 
     return int(_keep(numba.cfunc(_REQUEST_KEY)(call)).address)
+
+
+def _compile(function: Callable[..., Any]) -> Any:
+    try:
+        return numba.njit(cache=True)(function)
+    except RuntimeError:  # no file to cache beside: a function from a prompt
+        return numba.njit(function)
 
 
 _kept: list[Any] = []
