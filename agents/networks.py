@@ -17,7 +17,7 @@ error through a shared encoder would drown it.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
@@ -27,9 +27,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
+from servegym.agents.training.config import Prior
 from servegym.baselines.features import ENGINE_FEATURE_NAMES, REQUEST_FEATURE_NAMES
-
-Prior = Literal["lmetric", "least_requests", "none"]
 
 # The heuristic's key as a linear function of engine features; lower is better.
 PRIORS: dict[Prior, dict[str, float]] = {
@@ -37,7 +36,6 @@ PRIORS: dict[Prior, dict[str, float]] = {
     "least_requests": {"log_batch": 1.0},
     "none": {},
 }
-assert set(PRIORS) == set(get_args(Prior))
 
 MASKED_LOGIT = -1e8  # as in sb3-contrib: probability zero, yet finite
 

@@ -123,6 +123,10 @@ class SimulatedCluster:
                 raise RuntimeError("the cluster has no engine policy; use next_decision() and dispatch()")
             self._decide(self._engine_policy)
 
+    def warm_up(self) -> None:
+        """Compile or load the kernel now, so that what follows is simulation only."""
+        advance_to_decision(self.memory.cluster, -1.0, NONE, self.totals)
+
     def next_decision(self) -> bool:
         """Advance to the next request that needs a dispatch decision; False at the end of the run."""
         return self._advance(NONE)

@@ -1,5 +1,25 @@
-"""servegym: a reinforcement-learning scheduling research platform for serving Mixture-of-Experts models with vLLM."""
+"""servegym: a reinforcement-learning scheduling research platform for serving Mixture-of-Experts models with vLLM.
+
+Importing the package registers its environments with Gymnasium, where that is installed, and loads nothing heavy.
+"""
 
 from __future__ import annotations
 
 __version__ = "0.1.0"
+
+
+def register_envs() -> None:
+    """Register the environments; safe to call twice."""
+    from gymnasium.envs.registration import register, registry
+
+    for name, entry_point in {
+        "servegym/EngineDispatch-v0": "servegym.envs.engine_dispatch:EngineDispatchEnv",
+    }.items():
+        if name not in registry:
+            register(id=name, entry_point=entry_point)
+
+
+try:
+    register_envs()
+except ModuleNotFoundError:  # inside an engine, where only policies run, Gymnasium may be absent
+    pass

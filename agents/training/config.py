@@ -1,0 +1,124 @@
+"""Configuration of a training run. Loads neither torch nor Stable-Baselines3."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from servegym.configuration import Config
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Prior = Literal["lmetric", "least_requests", "none"]
+
+
+class AlgorithmConfig(Config):
+    """PPO, plain or with invalid-action masking, from Stable-Baselines3 and sb3-contrib.
+
+    The sizes are chosen for an environment of some ten microseconds a step: many environments and large batches learn ten
+    times as many steps per second as the libraries' defaults.
+    """
+
+    name: Literal["MaskablePPO", "PPO"] = "MaskablePPO"
+    n_envs: Count = Field(default=64, description="environments that are stepped together, in one process")
+    n_steps: Count = Field(default=128, description="steps of each environment between updates")
+    batch_size: Count = Field(default=1024, description="minibatch of an update")
+    n_epochs: Count = Field(default=4, description="passes over the collected steps")
+    learning_rate: Positive = 1e-3
+    learning_rate_schedule: Literal["constant", "linear"] = Field(
+        default="linear", description="linear: falls to zero at the last step"
+    )
+    clip_range: Positive = 0.2
+    ent_coef: NonNegative = Field(default=0.0, description="weight of the entropy bonus")
+    vf_coef: NonNegative = Field(default=0.5, description="weight of the value error")
+    max_grad_norm: Positive = 0.5
+    gae_lambda: Fraction = Field(default=0.95, description="decay of the advantage's traces, per decision")
+    discount_rate_per_s: NonNegative = Field(
+        default=0.1,
+        description=(
+            "rewards are discounted by exp(-rate * seconds): decisions come at random intervals, so that a discount per"
+            " step would mean another horizon at each load; 0 for none"
+        ),
+    )
+    target_kl: Positive | None = Field(default=0.03, description="ends an update's passes at 1.5 times this divergence")
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        collected = self.n_envs * self.n_steps
+        if collected % self.batch_size:
+            raise ValueError(
+                f"n_envs * n_steps = {collected} as a multiple of batch_size, got batch_size {self.batch_size}"
+            )
+        return self
+
+
+class NetworkConfig(Config):
+    """The set network of :mod:`servegym.agents.networks`."""
+
+    width: Count = Field(default=32, description="units of each hidden layer")
+    prior: Prior = Field(default="lmetric", description="the heuristic that the untrained policy is a softmax of")
+    prior_scale: Positive = Field(
+        default=4.0, description="inverse temperature of that softmax: larger explores less, starts closer to the heuristic"
+    )
+
+
+class EvaluationConfig(Config):
+    """Evaluations during training, with the most probable action, on seeds that training never draws."""
+
+    every_steps: Count = 100_000
+    episodes: Count = Field(default=8, description="held-out seeds: the same in every evaluation")
+    first_seed: Annotated[int, Field(ge=0)] = Field(
+        default=10_000, description="reports use small seeds; a policy must not be chosen on those it is judged on"
+    )
+    env: dict[str, Any] = Field(default_factory=dict, description="changes to `env` for evaluations, key by key")
+    objective: dict[str, float] = Field(
+        default_factory=lambda: {"ttft_s": 1.0, "tpot_s": 1.0},
+        description=(
+            "the best policy has the lowest sum of weight * metric / reference metric, averaged over the seeds (plain metrics"
+            " where the environment names no reference)"
+        ),
+    )
+
+
+class TrainConfig(Config):
+    """One training run: same config, same result, bit for bit on one machine."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="of the run; its folder is runs/NAME/TIMESTAMP")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    total_steps: Count = Field(description="decisions; rounded up to whole rollouts of n_envs * n_steps")
+    checkpoint_every_steps: Count = 250_000
+    torch_threads: Count = Field(default=1, description="more rarely helps networks this small, and hurts on shared cores")
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    network: NetworkConfig = NetworkConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    environment: str = Field(
+        default="servegym/EngineDispatch-v0", description="id of a Gymnasium environment with the spaces of EngineDispatch"
+    )
+    env: dict[str, Any] = Field(default_factory=dict, description="the environment's own config")
+
+    @property
+    def rollout_steps(self) -> int:
+        """Decisions between two updates."""
+        return self.algorithm.n_envs * self.algorithm.n_steps
+
+    def sha256(self) -> str:
+        """Return the hash of all values, which identifies the config in bundles."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``changes`` applied key by key, mappings within mappings too.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+    {'a': {'b': 3, 'c': 2}}
+    """
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
