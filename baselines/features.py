@@ -1,9 +1,11 @@
 """From a view to feature arrays: the only place that encodes what a learned policy sees.
 
 Every feature has a fixed, documented scale, so that an observation means the same in training, in evaluation and on a
-live cluster, and nothing is normalised per engine slot. One compiled function fills them everywhere. Counts and token amounts enter as logarithms: in log space the
-product rules of the literature (LMetric: prefill work x batch size) are linear, and the features stay of order one from
-an idle engine to an overloaded one. Relative features compare an engine with the best one at hand.
+live cluster, and nothing is normalised per engine slot. One compiled function fills them everywhere.
+
+Counts and token amounts enter as logarithms: in log space the product rules of the literature (LMetric: prefill work x
+batch size) are linear, and the features stay of order one from an idle engine to an overloaded one. Relative features
+compare an engine with the best one at hand.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ REQUEST_FEATURE_NAMES = tuple(feature.name for feature in REQUEST_FEATURES)
 _RELATIVE_TO = ((18, 0), (19, 1), (20, 7))  # relative feature -> the feature whose minimum it is relative to
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def fill_dispatch_features(
     request: FloatArray, engines: FloatArray, engine_features: Float32Array, request_features: Float32Array
 ) -> None:

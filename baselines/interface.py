@@ -137,11 +137,15 @@ class RequestView:
         )
 
 
-def _column(index: int, text: str) -> property:
-    def get(self: EngineViews | QueueView) -> FloatArray:
-        return self.data[:, index]
+class _Column:
+    """A column of a view's matrix as an attribute, shape (rows,)."""
 
-    return property(get, doc=text)
+    def __init__(self, index: int, text: str) -> None:
+        self.index = index
+        self.__doc__ = text
+
+    def __get__(self, view: EngineViews | QueueView, owner: type | None = None) -> FloatArray:
+        return view.data[:, self.index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,30 +161,30 @@ class EngineViews:
     def __len__(self) -> int:
         return len(self.data)
 
-    available = _column(E_AVAILABLE, "1 where a request may be sent, 0 where the engine is down or draining")
+    available = _Column(E_AVAILABLE, "1 where a request may be sent, 0 where the engine is down or draining")
     # Telemetry: as old as `telemetry_age_s`.
-    waiting = _column(E_WAITING, "requests in the engine's waiting queue (telemetry)")
-    running = _column(E_RUNNING, "requests in the engine's running batch (telemetry)")
-    kv_usage = _column(E_KV_USAGE, "share of KV blocks in use, 0..1 (telemetry)")
-    telemetry_age_s = _column(E_TELEMETRY_AGE_S, "age of the three columns above, seconds")
+    waiting = _Column(E_WAITING, "requests in the engine's waiting queue (telemetry)")
+    running = _Column(E_RUNNING, "requests in the engine's running batch (telemetry)")
+    kv_usage = _Column(E_KV_USAGE, "share of KV blocks in use, 0..1 (telemetry)")
+    telemetry_age_s = _Column(E_TELEMETRY_AGE_S, "age of the three columns above, seconds")
     # Counters of the router itself: exact.
-    inflight = _column(E_INFLIGHT, "requests dispatched and not finished (exact)")
-    inflight_prompt_tokens = _column(E_INFLIGHT_PROMPT_TOKENS, "prompt tokens of the requests in flight (exact)")
-    prefill_requests = _column(E_PREFILL_REQUESTS, "requests in flight without first token (exact)")
-    prefill_tokens = _column(E_PREFILL_TOKENS, "prompt tokens of requests in flight without first token (exact)")
-    hit_tokens = _column(E_HIT_TOKENS, "prompt tokens of this request that the router believes cached there")
-    user_home = _column(E_USER_HOME, "1 at the engine that served this user last, else 0")
-    session_home = _column(E_SESSION_HOME, "1 at the engine that served this session last, else 0")
-    ttft_ewma_s = _column(E_TTFT_EWMA_S, "moving average of TTFT of finished first tokens, seconds")
-    itl_ewma_s = _column(E_ITL_EWMA_S, "moving average of the mean inter-token latency of finished requests, seconds")
-    dispatched = _column(E_DISPATCHED, "requests sent there since the start of the run")
-    dispatched_since = _column(E_DISPATCHED_SINCE, "requests sent there since the telemetry snapshot was taken")
+    inflight = _Column(E_INFLIGHT, "requests dispatched and not finished (exact)")
+    inflight_prompt_tokens = _Column(E_INFLIGHT_PROMPT_TOKENS, "prompt tokens of the requests in flight (exact)")
+    prefill_requests = _Column(E_PREFILL_REQUESTS, "requests in flight without first token (exact)")
+    prefill_tokens = _Column(E_PREFILL_TOKENS, "prompt tokens of requests in flight without first token (exact)")
+    hit_tokens = _Column(E_HIT_TOKENS, "prompt tokens of this request that the router believes cached there")
+    user_home = _Column(E_USER_HOME, "1 at the engine that served this user last, else 0")
+    session_home = _Column(E_SESSION_HOME, "1 at the engine that served this session last, else 0")
+    ttft_ewma_s = _Column(E_TTFT_EWMA_S, "moving average of TTFT of finished first tokens, seconds")
+    itl_ewma_s = _Column(E_ITL_EWMA_S, "moving average of the mean inter-token latency of finished requests, seconds")
+    dispatched = _Column(E_DISPATCHED, "requests sent there since the start of the run")
+    dispatched_since = _Column(E_DISPATCHED_SINCE, "requests sent there since the telemetry snapshot was taken")
     # Constants of the engine.
-    max_num_seqs = _column(E_MAX_NUM_SEQS, "largest running batch, requests")
-    kv_tokens = _column(E_KV_TOKENS, "KV cache capacity, tokens")
-    max_batched_tokens = _column(E_MAX_BATCHED_TOKENS, "token budget of a step")
-    prefill_tokens_per_s = _column(E_PREFILL_TOKENS_PER_S, "calibrated prefill rate at a full token budget, tokens/s")
-    decode_step_s = _column(E_DECODE_STEP_S, "calibrated duration of a decode step of one request, seconds")
+    max_num_seqs = _Column(E_MAX_NUM_SEQS, "largest running batch, requests")
+    kv_tokens = _Column(E_KV_TOKENS, "KV cache capacity, tokens")
+    max_batched_tokens = _Column(E_MAX_BATCHED_TOKENS, "token budget of a step")
+    prefill_tokens_per_s = _Column(E_PREFILL_TOKENS_PER_S, "calibrated prefill rate at a full token budget, tokens/s")
+    decode_step_s = _Column(E_DECODE_STEP_S, "calibrated duration of a decode step of one request, seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,18 +217,18 @@ class QueueView:
     def __len__(self) -> int:
         return len(self.data)
 
-    wait_s = _column(Q_WAIT_S, "now - arrival, seconds")
-    prompt_tokens = _column(Q_PROMPT_TOKENS, "tokens to be in the KV cache before the next output token")
-    computed_tokens = _column(Q_COMPUTED_TOKENS, "tokens already computed (0 after a preemption)")
-    priority = _column(Q_PRIORITY, "smaller runs first")
-    deadline_s = _column(Q_DEADLINE_S, "seconds after arrival by which the first token is due; inf without one")
-    user = _column(Q_USER, "user id, -1 if unknown")
-    session = _column(Q_SESSION, "session id, -1 if unknown")
-    turn = _column(Q_TURN, "0 for the first request of a session")
-    preemptions = _column(Q_PREEMPTIONS, "times the request was preempted")
-    arrival_s = _column(Q_ARRIVAL_S, "arrival time, seconds on the run's clock")
-    output_tokens = _column(Q_OUTPUT_TOKENS, "true output length; NaN unless an oracle is granted it")
-    predicted_tokens = _column(Q_PREDICTED_TOKENS, "predicted output length; NaN without a prediction")
+    wait_s = _Column(Q_WAIT_S, "now - arrival, seconds")
+    prompt_tokens = _Column(Q_PROMPT_TOKENS, "tokens to be in the KV cache before the next output token")
+    computed_tokens = _Column(Q_COMPUTED_TOKENS, "tokens already computed (0 after a preemption)")
+    priority = _Column(Q_PRIORITY, "smaller runs first")
+    deadline_s = _Column(Q_DEADLINE_S, "seconds after arrival by which the first token is due; inf without one")
+    user = _Column(Q_USER, "user id, -1 if unknown")
+    session = _Column(Q_SESSION, "session id, -1 if unknown")
+    turn = _Column(Q_TURN, "0 for the first request of a session")
+    preemptions = _Column(Q_PREEMPTIONS, "times the request was preempted")
+    arrival_s = _Column(Q_ARRIVAL_S, "arrival time, seconds on the run's clock")
+    output_tokens = _Column(Q_OUTPUT_TOKENS, "true output length; NaN unless an oracle is granted it")
+    predicted_tokens = _Column(Q_PREDICTED_TOKENS, "predicted output length; NaN without a prediction")
 
 
 @dataclass(frozen=True, slots=True)

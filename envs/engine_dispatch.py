@@ -35,8 +35,12 @@ class EngineDispatchConfig(Config):
     randomise: ClusterRandomisation = ClusterRandomisation()
     load: Sampled | None = Field(default=None, description="load per episode, overrides the workload's")
     episode_requests: Count = Field(default=500, description="decisions of an episode")
-    random_end: bool = Field(default=False, description="geometric number of decisions with that mean, a memoryless end")
-    max_engines: Count | None = Field(default=None, description="slots of the observation; default: the largest cluster")
+    random_end: bool = Field(
+        default=False, description="geometric number of decisions with that mean, a memoryless end"
+    )
+    max_engines: Count | None = Field(
+        default=None, description="slots of the observation; default: the largest cluster"
+    )
     request_policy: PolicySpec = PolicySpec(name="fcfs")
     reference: PolicySpec | None = Field(
         default=None, description="engine policy whose integrals on the same requests are subtracted from the reward"
@@ -60,33 +64,33 @@ class EngineDispatchEnv(gym.Env[dict[str, npt.NDArray[Any]], np.int64]):
     drains, so that an episode contains the whole effect of its decisions.
 
     ## Action Space
-    `Discrete(max_engines)`: the engine. `action_masks()` and `info["action_mask"]` say which are allowed; an action that is
-    not allowed raises `ValueError`.
+    `Discrete(max_engines)`: the engine. `action_masks()` and `info["action_mask"]` say which are allowed; an action
+    that is not allowed raises `ValueError`.
 
     ## Observation Space
     `Dict`, float32 unless said otherwise, of fixed scale and never normalised per engine slot:
 
     | key | shape | content |
     |---|---|---|
-    | `engines` | (max_engines, features) | `servegym.baselines.features.ENGINE_FEATURES`; zero rows for absent engines |
+    | `engines` | (max_engines, features) | `servegym.baselines.features.ENGINE_FEATURES`; zeros for absent engines |
     | `request` | (features,) | `servegym.baselines.features.REQUEST_FEATURES` |
     | `mask` | (max_engines,) int8 | 1 where the engine may be chosen |
 
-    Only what a live router can know enters: its own counters are exact, an engine's telemetry is as old as configured, and
-    the output length of a request is nowhere.
+    Only what a live router can know enters: its own counters are exact, an engine's telemetry is as old as configured,
+    and the output length of a request is nowhere.
 
     ## Rewards
     The negated integrals of :mod:`servegym.envs.rewards` since the last decision, weighted. Without a reference the
-    undiscounted return is minus the weighted sum of TTFT, E2E and TPOT of the episode's requests. `info["elapsed_s"]` is the
-    time that the step took, for discounting per second.
+    undiscounted return is minus the weighted sum of TTFT, E2E and TPOT of the episode's requests. `info["elapsed_s"]`
+    is the time that the step took, for discounting per second.
 
     ## Starting State
-    An empty cluster. `reset(seed=...)` draws the requests, and the cluster where it is randomised. `options={"load": 0.9}`
-    fixes the load of the episode.
+    An empty cluster. `reset(seed=...)` draws the requests, and the cluster where it is randomised.
+    `options={"load": 0.9}` fixes the load of the episode.
 
     ## Episode End
-    Terminated when all requests of the episode have finished; never truncated. The last `info` holds `metrics` (TTFT, TPOT,
-    E2E in seconds, throughput) and, with a reference, `reference_metrics` on the same requests.
+    Terminated when all requests of the episode have finished; never truncated. The last `info` holds `metrics` (TTFT,
+    TPOT, E2E in seconds, throughput) and, with a reference, `reference_metrics` on the same requests.
 
     ## Arguments
     `config`: an :class:`EngineDispatchConfig`, or a mapping with its fields.
@@ -220,9 +224,8 @@ class EngineDispatchEnv(gym.Env[dict[str, npt.NDArray[Any]], np.int64]):
             usage = 1.0 - record["free_blocks"] / (record["num_blocks"] - 1)
             bar = "#" * round(20 * usage)
             state = "" if record["accepting"] else "  (down)"
-            lines.append(
-                f"engine {e}: running {record['running']:4d}  waiting {record['waiting']:4d}  KV [{bar:<20}] {usage:4.0%}{state}"
-            )
+            queues = f"running {record['running']:4d}  waiting {record['waiting']:4d}"
+            lines.append(f"engine {e}: {queues}  KV [{bar:<20}] {usage:4.0%}{state}")
         return "\n".join(lines)
 
 

@@ -23,7 +23,9 @@ def draw(value: Sampled, rng: np.random.Generator) -> float:
 class ClusterRandomisation(Config):
     """Draws per episode; without a field the cluster's own value stays."""
 
-    engines: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(), description="numbers of engines to choose from")
+    engines: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="numbers of engines to choose from"
+    )
     slowdown: Sampled | None = Field(default=None, description="factor on step times, per engine: unequal hardware")
     step_time: Sampled | None = Field(default=None, description="factor on step times of the whole cluster")
     telemetry_lag_s: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None

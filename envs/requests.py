@@ -1,4 +1,4 @@
-"""Where the requests of a run come from: a named workload or a trace, at a rate or at a share of the cluster's capacity."""
+"""Where the requests of a run come from: a workload or a trace, at a rate or at a share of the cluster's capacity."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from servegym.errors import InputError
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
 
 class WorkloadChoice(Config):
     """Which requests, how many, and how dense.

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from servegym.configuration import Config
+from servegym.configuration import Config, validate
+from servegym.envs.engine_dispatch import EngineDispatchConfig
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -96,10 +97,21 @@ class TrainConfig(Config):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     network: NetworkConfig = NetworkConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    environment: str = Field(
-        default="servegym/EngineDispatch-v0", description="id of a Gymnasium environment with the spaces of EngineDispatch"
-    )
-    env: dict[str, Any] = Field(default_factory=dict, description="the environment's own config")
+    env: EngineDispatchConfig = EngineDispatchConfig()
+
+    @model_validator(mode="after")
+    def _evaluation_env_is_valid(self) -> Self:
+        self.validation_env()
+        return self
+
+    def validation_env(self) -> EngineDispatchConfig:
+        """Return the environment of the evaluations: ``env`` with the changes of ``evaluation.env``.
+
+        Raises:
+            InputError: the changes are not valid.
+        """
+        changed = merged(self.env.model_dump(mode="json"), self.evaluation.env)
+        return validate(EngineDispatchConfig, changed, "evaluation.env")
 
     @property
     def rollout_steps(self) -> int:

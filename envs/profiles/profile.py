@@ -1,8 +1,30 @@
-"""Profiles: the step time of one model on one hardware, and the limits of the engine that runs it."""
+"""Profiles: the step time of one model on one hardware, and the limits of the engine that runs it.
+
+A profile is a YAML file, found by name among the shipped ones (``configs/profiles``) or by path::
+
+    name: my-model-my-gpu
+    description: what it is, in one line
+    model: owner/model
+    hardware: the GPU or CPU
+    source: what is measured and where, what is modelled
+    engine:                       # EngineLimits: vLLM's settings under vLLM's names
+      block_size: 16
+      num_blocks: 40000
+    step_time:                    # StepTime: all in microseconds
+      fixed_us: 900
+      dense_us: {tokens: [1, 256, 8192], us: [1500, 2000, 30000]}
+      prefill_pair_us: 1.2e-3
+      decode_context_us: 0.02
+
+Units are in the names of the fields. Unknown keys, wrong types and numbers that are not finite are errors that name the
+file, the field, the value and what is allowed.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -16,7 +38,11 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class TokenCurve(Config):
-    """A cost that depends on the tokens of a step: piecewise linear, extended beyond its ends by the last slope."""
+    """A cost that depends on the tokens of a step: piecewise linear between its support points.
+
+    Below the first point it is constant, since a smaller batch reads the same weights; above the last one it goes on
+    with the last slope, never below 0. A step without tokens costs nothing.
+    """
 
     tokens: tuple[PositiveInt, ...] = Field(min_length=2, description="support points, increasing")
     us: tuple[NonNegative, ...] = Field(min_length=2, description="cost at each point, microseconds")
@@ -25,12 +51,17 @@ class TokenCurve(Config):
     def _same_length_and_increasing(self) -> Self:
         if len(self.tokens) != len(self.us):
             raise ValueError(f"as many values in us ({len(self.us)}) as in tokens ({len(self.tokens)})")
-        if any(right <= left for left, right in zip(self.tokens, self.tokens[1:], strict=False)):
-            raise ValueError("tokens in increasing order")
+        for left, right in pairwise(self.tokens):
+            if right <= left:
+                raise ValueError(f"tokens in increasing order ({right} follows {left})")
         return self
 
     def at(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Return the cost in microseconds at whole token counts, shape as ``tokens``; 0 at 0 tokens."""
+        """Return the cost in microseconds at whole token counts, shape as ``tokens``; 0 at 0 tokens.
+
+        >>> TokenCurve(tokens=(10, 20), us=(5, 7)).at(np.array([0, 1, 15, 30])).tolist()
+        [0.0, 5.0, 6.0, 9.0]
+        """
         cost = np.interp(tokens, self.tokens, self.us)
         (left, right), (low, high) = self.tokens[-2:], self.us[-2:]
         slope = (high - low) / (right - left)
@@ -39,15 +70,18 @@ class TokenCurve(Config):
 
 
 class StepTime(Config):
-    """Duration of one engine step, in microseconds, for a batch of prefill chunks and decoding sequences::
+    """Duration of one engine step, in microseconds, for a batch of prefill chunks and decoding sequences.
+
+    The terms add up::
 
         fixed + per_sequence * sequences + dense(T) + moe_imbalance * moe(T) + communication(T)
         + prefill_pair * sum over prefill chunks of c * (p + (c + 1) / 2)
         + decode_context * sum over decoding sequences of their context length
 
-    with ``T`` all tokens of the step (for ``moe`` over all ranks of a lockstep cluster), ``c`` the tokens of a chunk and ``p`` the tokens of the sequence before it:
-    ``c * (p + (c + 1) / 2)`` counts the query-key pairs of causal attention. ``moe`` is the cost with balanced
-    experts; ``moe_imbalance`` is the load of the heaviest expert-parallel rank over the mean.
+    with ``T`` all tokens of the step (for ``moe`` over all ranks of a lockstep cluster), ``c`` the tokens of a chunk
+    and ``p`` the tokens of the sequence before it: ``c * (p + (c + 1) / 2)`` counts the query-key pairs of causal
+    attention. ``moe`` is the cost with balanced experts; ``moe_imbalance`` is the load of the heaviest expert-parallel
+    rank over the mean.
     """
 
     fixed_us: NonNegative = Field(description="launch, scheduling and sampling cost of every step")
@@ -63,14 +97,18 @@ class StepTime(Config):
 class EngineLimits(Config):
     """vLLM's scheduler settings; names as in vLLM."""
 
-    block_size: PositiveInt = 16
-    num_blocks: PositiveInt = Field(description="KV blocks as vLLM counts them (num_gpu_blocks), the unusable null block included")
-    max_num_seqs: PositiveInt = 256
-    max_num_batched_tokens: PositiveInt = 8192
-    max_model_len: PositiveInt = 32768
-    long_prefill_token_threshold: Annotated[int, Field(ge=0)] = 0
-    enable_prefix_caching: bool = True
-    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    block_size: PositiveInt = Field(default=16, description="tokens per KV block")
+    num_blocks: PositiveInt = Field(
+        description="KV blocks as vLLM counts them (num_gpu_blocks), the unusable null block included"
+    )
+    max_num_seqs: PositiveInt = Field(default=256, description="largest running batch, requests")
+    max_num_batched_tokens: PositiveInt = Field(default=8192, description="token budget of a step")
+    max_model_len: PositiveInt = Field(default=32768, description="prompt and output of a request, tokens")
+    long_prefill_token_threshold: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="largest prefill chunk of one request in a step, tokens; 0: no limit but the budget"
+    )
+    enable_prefix_caching: bool = Field(default=True, description="reuse of full KV blocks with equal prefixes")
+    scheduling_policy: Literal["fcfs", "priority"] = Field(default="fcfs", description="order of the waiting queue")
 
 
 class Profile(Config):
@@ -81,11 +119,15 @@ class Profile(Config):
     model: str
     hardware: str
     source: str = Field(description="where the numbers come from: what is measured, what is modelled")
-    engine: EngineLimits
-    step_time: StepTime
+    engine: EngineLimits = Field(description="Limits of the engine, named as in vLLM.")
+    step_time: StepTime = Field(description="Terms of the duration of a step, microseconds.")
 
     def compile(self, max_tokens: int | None = None) -> StepCost:
-        """Tabulate the cost for the simulator, up to ``max_tokens`` tokens a step (default: the engine's budget)."""
+        """Tabulate the cost for the simulator.
+
+        Args:
+            max_tokens: most tokens of a step (in a lockstep cluster: of all ranks); default: the engine's budget.
+        """
         tokens = np.arange((max_tokens or self.engine.max_num_batched_tokens) + 1)
         time = self.step_time
         local = time.dense_us.at(tokens)
@@ -138,7 +180,7 @@ class StepCost:
         )
 
 
-def load_profile(reference: str) -> Profile:
+def load_profile(reference: str | Path) -> Profile:
     """Load a profile by the name of a shipped one or by path.
 
     Raises:

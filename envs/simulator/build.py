@@ -8,12 +8,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from servegym.baselines.interface import CONTEXT_COLUMNS, ENGINE_COLUMNS, QUEUE_COLUMNS, REQUEST_COLUMNS
+from servegym.baselines.interface import (
+    CONTEXT_COLUMNS,
+    E_DECODE_STEP_S,
+    E_KV_TOKENS,
+    E_MAX_BATCHED_TOKENS,
+    E_MAX_NUM_SEQS,
+    E_PREFILL_TOKENS_PER_S,
+    ENGINE_COLUMNS,
+    QUEUE_COLUMNS,
+    REQUEST_COLUMNS,
+)
 from servegym.envs.profiles.profile import EngineLimits, StepCost
 from servegym.envs.simulator.config import EngineSpec, Telemetry
 from servegym.envs.simulator.kernel.blocks import reset_pools
 from servegym.envs.simulator.kernel.scheduler import NEVER
-from servegym.envs.simulator.kernel.state import CLUSTER, ENGINE, NONE, PENDING, REQUEST, TELEMETRY
+from servegym.envs.simulator.kernel.state import BLOCK, CLUSTER, ENGINE, NONE, PENDING, REQUEST, TELEMETRY
 from servegym.envs.workloads.table import RequestTable
 from servegym.errors import InputError
 
@@ -66,6 +76,11 @@ class Memory:
         self.cluster = np.zeros(1, dtype=CLUSTER)
         self.engine_view = np.zeros((size, ENGINE_COLUMNS))
         self.request_row = np.zeros(REQUEST_COLUMNS)
+        self.engine_view[:, E_MAX_NUM_SEQS] = self.engines["max_num_seqs"]
+        self.engine_view[:, E_KV_TOKENS] = (self.engines["num_blocks"] - 1) * self.engines["block_size"]
+        self.engine_view[:, E_MAX_BATCHED_TOKENS] = self.engines["max_num_batched_tokens"]
+        self.engine_view[:, E_PREFILL_TOKENS_PER_S] = self.engines["prefill_tokens_per_s"]
+        self.engine_view[:, E_DECODE_STEP_S] = self.engines["decode_step_s"]
         self.events = np.zeros(2 * count if log_events else 0, dtype=np.int32)
         self.totals = np.zeros((count if record_totals else 0, 3))
         longest = int((table.prompt_tokens + table.output_tokens).max())
@@ -142,20 +157,20 @@ class Memory:
 
     def _lay_out_engine(self, record: Any, limits: EngineLimits, longest: int, templates: int) -> None:
         seqs, blocks = limits.max_num_seqs, limits.num_blocks
-        shapes: dict[str, tuple[int, type]] = {
+        shapes: dict[str, tuple[int, npt.DTypeLike]] = {
             "running": (seqs, np.int32),
             "scheduled": (seqs, np.int32),
             "preempted": (seqs, np.int32),
+            "phase_of": (seqs, np.int32),
             "phases": (limits.block_size, np.int32),
             "template_seen": (templates, np.int8),
         }
         if limits.enable_prefix_caching:
             # Twice the blocks, at least: a table at most half full keeps probe sequences short.
             slots = 1 << (2 * blocks).bit_length()
-            record["pool_size"], record["table_mask"] = blocks, slots - 1
+            record["table_mask"] = record["free_mask"] = slots - 1
             record["row_length"] = longest // limits.block_size + 1
-            shapes |= {f"block_{name}": (blocks + 2, np.int32) for name in ("next", "prev", "refs", "twin")}
-            shapes |= {"block_hash": (blocks + 2, np.int64), "table_keys": (slots, np.int64)}
+            shapes |= {"blocks": (blocks, BLOCK), "table_keys": (slots, np.int64), "free": (slots, np.int32)}
             shapes |= {"table_blocks": (slots, np.int32), "rows": (seqs, np.int32)}
             shapes |= {"block_tables": (seqs * int(record["row_length"]), np.int32)}
         for name, (length, dtype) in shapes.items():
@@ -178,8 +193,8 @@ def check_fit(table: RequestTable, engines: Sequence[EngineSpec], source: str) -
                 raise InputError(
                     source,
                     f"requests[{row}]",
-                    f"got {table.prompt_tokens[row]} prompt + {table.output_tokens[row]} output tokens, which can never fit;"
-                    f" allowed: at most {allowed} tokens ({name} of an engine)",
+                    f"got {table.prompt_tokens[row]} prompt + {table.output_tokens[row]} output tokens, which can never"
+                    f" fit; allowed: at most {allowed} tokens ({name} of an engine)",
                 )
 
 
@@ -197,7 +212,16 @@ def _requests(
     templates: npt.NDArray[np.int32],
 ) -> npt.NDArray[Any]:
     records = np.zeros(len(table), dtype=REQUEST)
-    for name in ("arrival_s", "think_s", "deadline_s", "predicted_tokens", "stream", "turn", "priority", "template_tokens"):
+    for name in (
+        "arrival_s",
+        "think_s",
+        "deadline_s",
+        "predicted_tokens",
+        "stream",
+        "turn",
+        "priority",
+        "template_tokens",
+    ):
         records[name] = getattr(table, name)
     records["prompt"] = table.prompt_tokens
     records["output"] = table.output_tokens

@@ -30,7 +30,14 @@ from servegym.envs.simulator.config import ClusterConfig, Fault
 from servegym.envs.simulator.kernel import faults
 from servegym.envs.simulator.kernel.cluster import DISPATCH, DONE, HORIZON, advance_to_decision
 from servegym.envs.simulator.kernel.queues import read_queue_of
-from servegym.envs.simulator.kernel.state import NONE, ORDER_DYNAMIC, ORDER_EXTERNAL, ORDER_FCFS, ORDER_PRIORITY, ORDER_STATIC
+from servegym.envs.simulator.kernel.state import (
+    NONE,
+    ORDER_DYNAMIC,
+    ORDER_EXTERNAL,
+    ORDER_FCFS,
+    ORDER_PRIORITY,
+    ORDER_STATIC,
+)
 from servegym.envs.workloads.table import RequestTable
 
 
@@ -94,8 +101,9 @@ class SimulatedCluster:
         )
         self._events_seen = 0
         for policy in (request_policy, engine_policy):
-            if hasattr(policy, "reset"):
-                policy.reset(seed)
+            reset = getattr(policy, "reset", None)
+            if reset is not None:
+                reset(seed)
         for fault in config.faults:
             self.environment.process(self._fault(fault))
 
@@ -176,7 +184,8 @@ class SimulatedCluster:
             else:
                 self._order_queue(int(cluster["order_engine"][0]))
 
-    # ------------------------------------------------------------------------------------------------ policies in Python
+    # ------------------------------------------------------------------------------------------------ policies in
+    # Python
     def _decide(self, policy: EnginePolicy) -> None:
         """Let a policy without compiled form dispatch until the end."""
         while True:

@@ -47,9 +47,7 @@ def request_key(function: Callable[..., float] | None) -> int:
     key = _compile(function)
 
     def call(item: Any, context: Any, params: Any, param_count: int) -> Any:
-        return key(
-            carray(item, (QUEUE_COLUMNS,)), carray(context, (CONTEXT_COLUMNS,)), carray(params, (param_count,))
-        )
+        return key(carray(item, (QUEUE_COLUMNS,)), carray(context, (CONTEXT_COLUMNS,)), carray(params, (param_count,)))
 
     return int(_keep(numba.cfunc(_REQUEST_KEY)(call)).address)
 

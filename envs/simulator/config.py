@@ -14,7 +14,10 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Telemetry(Config):
-    """How engines report: a snapshot every ``period_s`` reaches the router ``lag_s`` later; period 0 means always fresh."""
+    """How engines report: a snapshot every ``period_s`` reaches the router ``lag_s`` later.
+
+    Period 0 means always fresh.
+    """
 
     period_s: NonNegative = Field(default=0.1, description="vLLM's coordinator publishes at most every 100 ms")
     lag_s: NonNegative = Field(default=0.0, description="delay from the engine to the router")
@@ -58,7 +61,8 @@ class ClusterConfig(Config):
     engine: dict[str, Any] = Field(default_factory=dict, description="overrides of the profile's engine limits")
     groups: tuple[EngineGroup, ...] = ()
     mode: Literal["independent", "lockstep"] = Field(
-        default="independent", description="lockstep: data parallel + expert parallel, all ranks take each step together"
+        default="independent",
+        description="lockstep: data parallel + expert parallel, all ranks take each step together",
     )
     moe_imbalance: Annotated[float, Field(ge=1)] | None = Field(
         default=None, description="overrides the profiles' load of the heaviest EP rank over the mean"

@@ -22,10 +22,8 @@ def summary(values: Float) -> dict[str, float | None]:
     finite = values[np.isfinite(values)]
     if len(finite) == 0:
         return dict.fromkeys(("mean", "p50", "p90", "p95", "p99"))
-    quantiles = np.quantile(finite, (0.5, 0.9, 0.95, 0.99))
-    return {"mean": float(finite.mean())} | {
-        name: float(value) for name, value in zip(("p50", "p90", "p95", "p99"), quantiles, strict=True)
-    }
+    p50, p90, p95, p99 = np.quantile(finite, (0.5, 0.9, 0.95, 0.99)).tolist()
+    return {"mean": float(finite.mean()), "p50": p50, "p90": p90, "p95": p95, "p99": p99}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,9 @@ class RunOutcome:
             hit_tokens=requests["hit_tokens"].copy(),
         )
 
-    def metrics(self, *, warmup_share: float = 0.0, ttft_slo_s: float = np.inf, tpot_slo_s: float = np.inf) -> dict[str, Any]:
+    def metrics(
+        self, *, warmup_share: float = 0.0, ttft_slo_s: float = np.inf, tpot_slo_s: float = np.inf
+    ) -> dict[str, Any]:
         """Summarise the requests after the first ``warmup_share`` of arrivals.
 
         Rates count finished requests between the first counted arrival and the last arrival: the drain after the last

@@ -28,7 +28,9 @@ class ScheduleRequest(Config):
     prompt: tuple[Token, ...] = Field(min_length=1, description="token ids")
     output_len: Positive
     priority: int = 0
-    output: tuple[Token, ...] | None = Field(default=None, description="token ids that it generates; unique ones without")
+    output: tuple[Token, ...] | None = Field(
+        default=None, description="token ids that it generates; unique ones without"
+    )
 
     @model_validator(mode="after")
     def _output_is_long_enough(self) -> Self:
@@ -122,7 +124,9 @@ def _memory(spec: ScheduleSpec, source: str) -> Memory:
         enable_prefix_caching=spec.prefix_caching,
         scheduling_policy=spec.policy,
     )
-    cost = StepTime(fixed_us=1.0, dense_us=TokenCurve(tokens=(1, 2), us=(0.0, 0.0)), prefill_pair_us=0, decode_context_us=0)
+    cost = StepTime(
+        fixed_us=1.0, dense_us=TokenCurve(tokens=(1, 2), us=(0.0, 0.0)), prefill_pair_us=0, decode_context_us=0
+    )
     profile = Profile(
         name="none", description="time does not matter", model="", hardware="", source="", engine=limits, step_time=cost
     )

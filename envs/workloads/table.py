@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +91,7 @@ class RequestTable:
         floats = {"arrival_s", "deadline_s", "think_s", "predicted_tokens"}
         merged = defaults | given
         block_tokens = int(np.asarray(merged.pop("prefix_block_tokens", 0)))
-        arrays = {
+        arrays: dict[str, Any] = {
             name: np.ascontiguousarray(value, dtype=np.float64 if name in floats else types.get(name, np.int32))
             for name, value in merged.items()
         }

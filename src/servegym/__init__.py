@@ -5,6 +5,8 @@ Importing the package registers its environments with Gymnasium, where that is i
 
 from __future__ import annotations
 
+import contextlib
+
 __version__ = "0.1.0"
 
 
@@ -19,7 +21,6 @@ def register_envs() -> None:
             register(id=name, entry_point=entry_point)
 
 
-try:
+# Inside an engine, where only policies run, Gymnasium may be absent.
+with contextlib.suppress(ModuleNotFoundError):
     register_envs()
-except ModuleNotFoundError:  # inside an engine, where only policies run, Gymnasium may be absent
-    pass

@@ -46,7 +46,8 @@ def find_config(reference: str | Path, kind: str) -> Path:
     shipped = shipped_configs(kind)
     if str(reference) in shipped:
         return shipped[str(reference)]
-    raise InputError(str(reference), "", f"no such file and no shipped config in {kind}; {nearest(str(reference), shipped)}")
+    hint = nearest(str(reference), shipped)
+    raise InputError(str(reference), "", f"no such file and no shipped config in {kind}; {hint}")
 
 
 def load_mapping(path: str | Path) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def apply_overrides(content: Mapping[str, Any], assignments: Sequence[str]) -> d
     >>> apply_overrides({"a": {"b": 1}}, ["a.b=2", "c=[1, x]"])
     {'a': {'b': 2}, 'c': [1, 'x']}
     """
-    result = _copy(content)
+    result: dict[str, Any] = _copy(content)
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not key.strip():
@@ -140,10 +141,7 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> Inpu
     message = message.removeprefix("Input should be ")
     if isinstance(value, float) and not math.isfinite(value):
         message = "a finite number"
-    if isinstance(value, dict | list):
-        shown = f"a {'mapping' if isinstance(value, dict) else 'list'}"
-    else:
-        shown = repr(value)
+    shown = "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
     return InputError(source, field, f"got {shown}; allowed: {message}")
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def vllm_python() -> str:
 
 
 @pytest.fixture(scope="module")
-def truth(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[list[dict[str, Any]]]]:
+def truth(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     path = tmp_path_factory.mktemp("oracle") / "specs.json"
     path.write_text(json.dumps(_specs()), encoding="utf-8")
     run = subprocess.run(
@@ -49,7 +48,7 @@ def truth(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     for line in run.stdout.splitlines():
         step = json.loads(line)
         traces[step.pop("spec")].append(step)
-    yield traces
+    return traces
 
 
 @pytest.mark.vllm

@@ -1,0 +1,1 @@
+"""Compiled kernel of the simulator: memory, blocks, queues, scheduler, router and event loop."""

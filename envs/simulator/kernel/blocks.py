@@ -1,11 +1,13 @@
 """KV blocks: vLLM's block pool with its free queue, reference counts and prefix cache.
 
-Without prefix caching blocks are interchangeable and a count is all. With it, the order in which free blocks are
-reused decides what stays cached, so the free queue is kept exactly as vLLM 0.32 keeps it (``block_pool.py``): blocks are
-taken from the front; of a freed request, blocks without hash go to the front, hashed ones to the back, last block first.
+Without prefix caching blocks are interchangeable and a count is all. With it, the order in which free blocks are reused
+decides what stays cached, so the free queue is kept exactly as vLLM 0.32 keeps it (``block_pool.py``): blocks are taken
+from the front; of a freed request, blocks without hash go to the front, hashed ones to the back, last block first.
 
-Blocks whose content no other request can have are marked hashed but stay out of the hash table until their request is
-preempted, the only event after which they can be found.
+The queue is a ring, from which a block that is found again is taken by leaving a hole. Blocks whose content no other
+request can have (*private* ones, most blocks of most workloads) stay out of the hash table until their request is
+preempted, the only event after which they can be found; nothing is kept per private block, so that they cost no cache
+misses.
 """
 
 from __future__ import annotations
@@ -15,23 +17,24 @@ from typing import Any
 import numpy as np
 
 from servegym.envs.simulator.kernel.jit import jit
-from servegym.envs.simulator.kernel.memory import ints, longs, request_at
+from servegym.envs.simulator.kernel.memory import block_at, ints, longs, request_at
 from servegym.envs.simulator.kernel.state import NONE, Engine, State
 
-UNHASHED = 0
-PRIVATE = 1
+PRIVATE = 0  # instead of a hash: the content is no other request's
+PUBLIC = 1 << 30  # flag of an entry of the free queue: the block is in the hash table
+HOLE = -1
 
 
 @jit
 def mix(a: int, b: int) -> int:
-    """Combine two 64-bit numbers into a hash other than 0 and 1 (splitmix64 finaliser)."""
+    """Combine two 64-bit numbers into a hash other than 0 (splitmix64 finaliser)."""
     z = np.uint64(a) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(b) * np.uint64(0xD1B54A32D192ED03)
     z ^= z >> np.uint64(30)
     z *= np.uint64(0xBF58476D1CE4E5B9)
     z ^= z >> np.uint64(27)
     z *= np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
-    return np.int64(z | np.uint64(2))
+    return np.int64(z | np.uint64(2))  # type: ignore[return-value]
 
 
 @jit
@@ -58,7 +61,7 @@ def content_hash(s: State, r: int, block: int, block_size: int) -> int:
 def own_hash(s: State, r: int, block: int, block_size: int) -> int:
     """Hash under which a preempted request finds a block of its own again."""
     value = content_hash(s, r, block, block_size)
-    return mix(~np.int64(r), ~np.int64(block)) if value == PRIVATE else value
+    return mix(~r, ~block) if value == PRIVATE else value
 
 
 # ---------------------------------------------------------------------------------------------- hash table
@@ -82,35 +85,32 @@ def find_block(engine: Engine, key: int) -> int:
 @jit
 def insert_block(engine: Engine, key: int, block: int) -> None:
     """Enter a block under its hash, behind others of the same hash."""
-    longs(engine.block_hash_at)[block] = key
-    ints(engine.block_twin_at)[block] = NONE
+    record = block_at(engine.blocks_at, block)
+    record.hash = key
+    record.twin = NONE
     i = _slot(engine, key)
     if longs(engine.table_keys_at)[i] == 0:
         longs(engine.table_keys_at)[i] = key
         ints(engine.table_blocks_at)[i] = block
         return
     last = ints(engine.table_blocks_at)[i]
-    while ints(engine.block_twin_at)[last] != NONE:
-        last = ints(engine.block_twin_at)[last]
-    ints(engine.block_twin_at)[last] = block
+    while block_at(engine.blocks_at, last).twin != NONE:
+        last = block_at(engine.blocks_at, last).twin
+    block_at(engine.blocks_at, last).twin = block
 
 
 @jit
 def remove_block(engine: Engine, block: int) -> None:
     """Take a block out of the prefix cache."""
-    key = longs(engine.block_hash_at)[block]
-    longs(engine.block_hash_at)[block] = UNHASHED
-    if key == UNHASHED or key == PRIVATE:
-        return
-    i = _slot(engine, key)
+    i = _slot(engine, block_at(engine.blocks_at, block).hash)
     if ints(engine.table_blocks_at)[i] != block:
         before = ints(engine.table_blocks_at)[i]
-        while ints(engine.block_twin_at)[before] != block:
-            before = ints(engine.block_twin_at)[before]
-        ints(engine.block_twin_at)[before] = ints(engine.block_twin_at)[block]
+        while block_at(engine.blocks_at, before).twin != block:
+            before = block_at(engine.blocks_at, before).twin
+        block_at(engine.blocks_at, before).twin = block_at(engine.blocks_at, block).twin
         return
-    if ints(engine.block_twin_at)[block] != NONE:
-        ints(engine.table_blocks_at)[i] = ints(engine.block_twin_at)[block]
+    if block_at(engine.blocks_at, block).twin != NONE:
+        ints(engine.table_blocks_at)[i] = block_at(engine.blocks_at, block).twin
         return
     # Backward-shift deletion keeps probe sequences unbroken without tombstones.
     mask = engine.table_mask
@@ -130,31 +130,68 @@ def remove_block(engine: Engine, block: int) -> None:
 
 # ---------------------------------------------------------------------------------------------- free queue
 @jit
-def _link(engine: Engine, left: int, right: int) -> None:
-    ints(engine.block_next_at)[left] = right
-    ints(engine.block_prev_at)[right] = left
+def _append(engine: Engine, entry: int) -> None:
+    """Put an entry behind all others; when the ring is full of holes, close them first."""
+    mask = engine.free_mask
+    if engine.free_entries > mask:
+        _compact(engine)
+    position = (engine.free_head + engine.free_entries) & mask
+    ints(engine.free_at)[position] = entry
+    engine.free_entries += 1
+    if entry & PUBLIC:
+        block_at(engine.blocks_at, entry & ~PUBLIC).position = position
+
+
+@jit
+def _compact(engine: Engine) -> None:
+    """Close the holes that taken-out blocks left in the ring."""
+    mask, kept = engine.free_mask, 0
+    for k in range(engine.free_entries):
+        entry = ints(engine.free_at)[(engine.free_head + k) & mask]
+        if entry == HOLE:
+            continue
+        position = (engine.free_head + kept) & mask
+        ints(engine.free_at)[position] = entry
+        if entry & PUBLIC:
+            block_at(engine.blocks_at, entry & ~PUBLIC).position = position
+        kept += 1
+    engine.free_entries = kept
+
+
+@jit
+def _prepend(engine: Engine, block: int) -> None:
+    """Put an unhashed block before all others."""
+    if engine.free_entries > engine.free_mask:
+        _compact(engine)
+    engine.free_head = (engine.free_head - 1) & engine.free_mask
+    ints(engine.free_at)[engine.free_head] = block
+    engine.free_entries += 1
 
 
 @jit
 def take_block(engine: Engine) -> int:
     """Take the first free block, evicting what it cached."""
-    head = engine.pool_size
-    block = ints(engine.block_next_at)[head]
-    _link(engine, head, ints(engine.block_next_at)[block])
-    if longs(engine.block_hash_at)[block] != UNHASHED:
-        remove_block(engine, block)
-    ints(engine.block_refs_at)[block] = 1
+    while True:
+        entry = ints(engine.free_at)[engine.free_head]
+        engine.free_head = (engine.free_head + 1) & engine.free_mask
+        engine.free_entries -= 1
+        if entry != HOLE:
+            break
     engine.free_blocks -= 1
+    block = entry & ~PUBLIC
+    if entry & PUBLIC:
+        remove_block(engine, block)
     return block
 
 
 @jit
 def touch_block(engine: Engine, block: int) -> None:
     """Add a reference to a cached block, taking it out of the free queue if it is there."""
-    if ints(engine.block_refs_at)[block] == 0:
-        _link(engine, ints(engine.block_prev_at)[block], ints(engine.block_next_at)[block])
+    record = block_at(engine.blocks_at, block)
+    if record.refs == 0:
+        ints(engine.free_at)[record.position] = HOLE
         engine.free_blocks -= 1
-    ints(engine.block_refs_at)[block] += 1
+    record.refs += 1
 
 
 @jit
@@ -163,16 +200,12 @@ def reset_pool(engine: Engine) -> None:
     engine.free_blocks = engine.num_blocks - 1
     if not engine.prefix_caching:
         return
-    head = engine.pool_size
     for i in range(engine.table_mask + 1):
         longs(engine.table_keys_at)[i] = 0
-    last = head
     for block in range(1, engine.num_blocks):
-        longs(engine.block_hash_at)[block] = UNHASHED
-        ints(engine.block_refs_at)[block] = 0
-        _link(engine, last, block)
-        last = block
-    _link(engine, last, head + 1)
+        ints(engine.free_at)[block - 1] = block
+    engine.free_head = 0
+    engine.free_entries = engine.num_blocks - 1
     for row in range(engine.max_num_seqs):
         ints(engine.rows_at)[row] = row
     engine.rows_free = engine.max_num_seqs
@@ -220,7 +253,7 @@ def evictable(engine: Engine, count: int) -> int:
     table = block_table(engine, ints(engine.rows_at)[engine.rows_free - 1])
     free = 0
     for j in range(count):
-        if ints(engine.block_refs_at)[table[j]] == 0:
+        if block_at(engine.blocks_at, table[j]).refs == 0:
             free += 1
     return free
 
@@ -251,50 +284,49 @@ def grow(s: State, engine: Engine, r: int, computed: int, tokens: int) -> bool:
     if not engine.prefix_caching:
         engine.free_blocks -= want - have
         return True
-    table = block_table(engine, request_at(s.requests_at, r).row)
+    request = request_at(s.requests_at, r)
+    table = block_table(engine, request.row)
     for j in range(have, want):
         table[j] = take_block(engine)
     for j in range(computed // size, (computed + tokens) // size):
-        block = table[j]
         key = content_hash(s, r, j, size)
-        if key == PRIVATE and request_at(s.requests_at, r).preemptions > 0:
+        if key == PRIVATE and request.preemptions > 0:
             key = own_hash(s, r, j, size)
-        if key == PRIVATE:
-            longs(engine.block_hash_at)[block] = PRIVATE
-        else:
-            insert_block(engine, key, block)
+        if key != PRIVATE:
+            insert_block(engine, key, table[j])
+            block_at(engine.blocks_at, table[j]).refs = 1
     return True
 
 
 @jit
 def release(s: State, engine: Engine, r: int, computed: int, preempted: bool) -> None:
-    """Free the blocks of a request that has ``computed`` tokens in the cache."""
+    """Free the blocks of a request that has ``computed`` tokens in the cache, last block first."""
     size = engine.block_size
     count = (computed + size - 1) // size
     if not engine.prefix_caching:
         engine.free_blocks += count
         return
-    row = request_at(s.requests_at, r).row
-    table = block_table(engine, row)
-    head = engine.pool_size
-    front = head
-    for j in range(count - 1, -1, -1):
-        block = table[j]
-        if preempted and longs(engine.block_hash_at)[block] == PRIVATE:
-            insert_block(engine, own_hash(s, r, j, size), block)
-        ints(engine.block_refs_at)[block] -= 1
-        if ints(engine.block_refs_at)[block] > 0:
-            continue
+    request = request_at(s.requests_at, r)
+    row, table = request.row, block_table(engine, request.row)
+    full = computed // size
+    resumed = request.preemptions - preempted > 0  # its private blocks were entered as its own
+    if count > full:
+        _prepend(engine, table[full])
         engine.free_blocks += 1
-        if longs(engine.block_hash_at)[block] == UNHASHED:
-            after = ints(engine.block_next_at)[front]
-            _link(engine, front, block)
-            _link(engine, block, after)
-            front = block
-        else:
-            tail = head + 1
-            _link(engine, ints(engine.block_prev_at)[tail], block)
-            _link(engine, block, tail)
+    for j in range(full - 1, -1, -1):
+        block = table[j]
+        if not resumed and content_hash(s, r, j, size) == PRIVATE:
+            if not preempted:
+                _append(engine, block)
+                engine.free_blocks += 1
+                continue
+            insert_block(engine, own_hash(s, r, j, size), block)
+            block_at(engine.blocks_at, block).refs = 1
+        record = block_at(engine.blocks_at, block)
+        record.refs -= 1
+        if record.refs == 0:
+            _append(engine, block | PUBLIC)
+            engine.free_blocks += 1
     ints(engine.rows_at)[engine.rows_free] = row
     engine.rows_free += 1
-    request_at(s.requests_at, r).row = NONE
+    request.row = NONE

@@ -1,8 +1,9 @@
 """The event loop of a cluster: arrivals, telemetry and engine steps in order of time.
 
-Between two events that touch the whole cluster the engines are independent of each other, so each is advanced on its own
-up to the next such event. With closed-loop sessions a finished request causes an arrival; the shortest think time bounds
-from below when, and engines are advanced no further than that (the lookahead of conservative parallel simulation).
+Between two events that touch the whole cluster the engines are independent of each other, so each is advanced on its
+own up to the next such event. With closed-loop sessions a finished request causes an arrival; the shortest think time
+bounds from below when, and engines are advanced no further than that (the lookahead of conservative parallel
+simulation).
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ def sum_integrals(s: State, now: float, out: Any) -> None:
     """Add up the reward integrals of all engines from the start to ``now``.
 
     Args:
+        s: the cluster.
+        now: time up to which to integrate, seconds.
         out: output, shape (3,): requests without first token, requests in flight, sum of 1 / (output - 1) over requests
             between first and last token; each integrated over time, in seconds.
     """
@@ -175,10 +178,13 @@ def advance(cluster: Any, horizon: float, action: int) -> int:
         if arrival == math.inf and _next_engine_event_s(s) == math.inf:
             return DONE
         limit = min(horizon, min(arrival, snapshot))
-        if _next_engine_event_s(s) < limit:
-            if not _advance_engines(s, limit):
-                return ORDER
-            continue
+        if s.closed_loop:
+            if _next_engine_event_s(s) < limit:
+                if not _advance_engines(s, limit):
+                    return ORDER
+                continue  # a request that finished may have caused an earlier arrival
+        elif not _advance_engines(s, limit):
+            return ORDER
         if horizon <= limit:
             s.now_s = max(s.now_s, horizon)
             return HORIZON

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numba import carray
 
 from servegym.baselines.interface import (
     E_AVAILABLE,
-    E_DECODE_STEP_S,
     E_DISPATCHED,
     E_DISPATCHED_SINCE,
     E_HIT_TOKENS,
     E_INFLIGHT,
     E_INFLIGHT_PROMPT_TOKENS,
     E_ITL_EWMA_S,
-    E_KV_TOKENS,
     E_KV_USAGE,
-    E_MAX_BATCHED_TOKENS,
-    E_MAX_NUM_SEQS,
     E_PREFILL_REQUESTS,
     E_PREFILL_TOKENS,
-    E_PREFILL_TOKENS_PER_S,
     E_RUNNING,
     E_SESSION_HOME,
     E_TELEMETRY_AGE_S,
@@ -107,14 +101,14 @@ def _repeat(s: State, e: int, before: int, now: int) -> None:
 def _visible_snapshot(s: State, now: float) -> int:
     """Slot of the newest snapshot that has arrived at the router."""
     depth = s.telemetry_depth
-    newest = np.int64(math.floor((now - s.telemetry_lag_s) / s.telemetry_period_s))
+    newest = math.floor((now - s.telemetry_lag_s) / s.telemetry_period_s)
     newest = min(max(newest, 0), s.telemetry_count - 1)
     return newest % depth
 
 
 @jit
 def fill_view(s: State, r: int, now: float) -> None:
-    """Write what the router knows about each engine, for the dispatch of request ``r``."""
+    """Write what the router knows about each engine, for the dispatch of request ``r``; constants stand there already."""
     request = request_at(s.requests_at, r)
     live = s.telemetry_period_s == 0.0
     slot = 0 if live else _visible_snapshot(s, now)
@@ -124,7 +118,8 @@ def fill_view(s: State, r: int, now: float) -> None:
     for e in range(s.engine_count):
         if live and engine_at(s.engines_at, e).reporting:
             _measure(s, e, now, 0)
-        engine, sample, row = engine_at(s.engines_at, e), telemetry_at(s.telemetry_at, slot * s.engine_count + e), view[e]
+        engine, row = engine_at(s.engines_at, e), view[e]
+        sample = telemetry_at(s.telemetry_at, slot * s.engine_count + e)
         row[E_AVAILABLE] = engine.accepting
         row[E_WAITING] = sample.waiting
         row[E_RUNNING] = sample.running
@@ -147,11 +142,6 @@ def fill_view(s: State, r: int, now: float) -> None:
         row[E_ITL_EWMA_S] = engine.itl_ewma_s
         row[E_DISPATCHED] = engine.dispatched
         row[E_DISPATCHED_SINCE] = engine.dispatched - sample.dispatched
-        row[E_MAX_NUM_SEQS] = engine.max_num_seqs
-        row[E_KV_TOKENS] = (engine.num_blocks - 1) * engine.block_size
-        row[E_MAX_BATCHED_TOKENS] = engine.max_num_batched_tokens
-        row[E_PREFILL_TOKENS_PER_S] = engine.prefill_tokens_per_s
-        row[E_DECODE_STEP_S] = engine.decode_step_s
     row = carray(floats(s.request_row_at), (REQUEST_COLUMNS,))
     row[R_NOW_S] = now
     row[R_ARRIVAL_S] = request.arrival_s

@@ -101,7 +101,10 @@ def recover(cluster: Any, e: int, now: float) -> None:
 
 @jit
 def hang(cluster: Any, e: int, now: float) -> None:
-    """The engine stops in the middle of its step and reports nothing; the router does not know. In lockstep all stop."""
+    """The engine stops in the middle of its step and reports nothing; the router does not know.
+
+    In lockstep all ranks stop with it.
+    """
     s = cluster[0]
     engine = engine_at(s.engines_at, e)
     if engine.hung or not engine.alive:

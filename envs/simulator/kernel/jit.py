@@ -32,7 +32,7 @@ def jit(function: FunctionT) -> FunctionT:
     """Compile a kernel function: nopython, cached on disk, without run-time error checks of NumPy semantics."""
     dispatcher = numba.njit(cache=True, error_model="numpy", boundscheck=False)(function)
     # The cache file compares this stamp; without the attribute (a future numba) the default stamp stays in force.
-    cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    cache_file: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     if hasattr(cache_file, "_source_stamp"):
         cache_file._source_stamp = source_stamp()
     return cast(FunctionT, dispatcher)

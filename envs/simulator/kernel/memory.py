@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from servegym.envs.simulator.kernel.state import ENGINE, REQUEST, TELEMETRY
+from servegym.envs.simulator.kernel.state import BLOCK, ENGINE, REQUEST, TELEMETRY
 
 
 def _pointer(element: types.Type) -> Any:
@@ -78,5 +78,6 @@ small = _pointer(types.int8)
 request_at = _element(REQUEST)
 engine_at = _element(ENGINE)
 telemetry_at = _element(TELEMETRY)
+block_at = _element(BLOCK)
 call_engine_score = _call(types.void, pointers=4, integers=2)
 call_request_key = _call(types.float64, pointers=3, integers=1)

@@ -2,8 +2,8 @@
 
 - FCFS: a linked list; preempted requests go to its front (vLLM's deque).
 - Priority: a heap over (priority, arrival, id); preempted requests go back into it (vLLM's heap).
-- A policy: preempted requests wait in a front list that is served first, last preempted first, as the in-engine shim does
-  it; the others stand in a heap if the policy's score never changes, else in a list that is scanned for its minimum.
+- A policy: preempted requests wait in a front list that is served first, last preempted first, as the in-engine shim
+  does it; the others stand in a heap if the policy's score never changes, else in a list that is scanned for its minimum.
 
 Heaps are pairing heaps threaded through the request records, so that a queue of any length needs no memory of its own.
 """
@@ -224,7 +224,8 @@ def peek_waiting(s: State, engine: Engine) -> int:
     r = request_at(s.requests_at, best).link
     while r != NONE:
         # The list is in order of arrival, so that ties go to the earliest; NaN never wins.
-        if request_at(s.requests_at, r).key < request_at(s.requests_at, best).key or math.isnan(request_at(s.requests_at, best).key):
+        key, lowest = request_at(s.requests_at, r).key, request_at(s.requests_at, best).key
+        if key < lowest or math.isnan(lowest):
             best = r
         r = request_at(s.requests_at, r).link
     return best

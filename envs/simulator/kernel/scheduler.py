@@ -1,13 +1,11 @@
 """One engine step: vLLM 0.32's ``Scheduler.schedule`` and the effect of its output.
 
 ``begin_step`` decides what a step computes and how long it takes, ``finish_step`` applies the result. While a request
-decodes, all that changes with a step is one token; so a step of decodes only touches sums per engine, and the state of a
-decoding request follows from the engine's tick. Any other step walks the running list as vLLM does.
+decodes, all that changes with a step is one token; so a step of decodes only touches sums per engine, and the state of
+a decoding request follows from the engine's tick. Any other step walks the running list as vLLM does.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -114,7 +112,8 @@ def _victim(s: State, engine: Engine) -> int:
         return last
     best = 0
     for i in range(1, engine.running):
-        a, b = request_at(s.requests_at, ints(engine.running_at)[i]), request_at(s.requests_at, ints(engine.running_at)[best])
+        a = request_at(s.requests_at, ints(engine.running_at)[i])
+        b = request_at(s.requests_at, ints(engine.running_at)[best])
         if a.priority > b.priority or (a.priority == b.priority and a.arrival_s > b.arrival_s):
             best = i
     return best
@@ -125,6 +124,7 @@ def _remove_running(s: State, engine: Engine, position: int) -> None:
     for i in range(position, engine.running - 1):
         ints(engine.running_at)[i] = ints(engine.running_at)[i + 1]
         ints(engine.scheduled_at)[i] = ints(engine.scheduled_at)[i + 1]
+        ints(engine.phase_of_at)[i] = ints(engine.phase_of_at)[i + 1]
     engine.running -= 1
 
 
@@ -213,6 +213,7 @@ def _schedule_waiting(s: State, engine: Engine, budget: int, threshold: int) -> 
         grow(s, engine, r, computed, tokens)
         ints(engine.running_at)[engine.running] = r
         ints(engine.scheduled_at)[engine.running] = tokens
+        ints(engine.phase_of_at)[engine.running] = NONE
         engine.running += 1
         budget -= tokens
     return budget
@@ -238,7 +239,11 @@ def _step_cost(s: State, engine: Engine) -> None:
             pairs += chunk * (request_at(s.requests_at, r).computed + (chunk + 1) * 0.5)
     engine.step_tokens = tokens
     engine.step_local_s = (
-        engine.fixed_s + engine.sequence_s * sequences + floats(engine.local_cost_at)[tokens] + engine.pair_s * pairs + engine.context_s * context
+        engine.fixed_s
+        + engine.sequence_s * sequences
+        + floats(engine.local_cost_at)[tokens]
+        + engine.pair_s * pairs
+        + engine.context_s * context
     )
 
 
@@ -246,21 +251,26 @@ def _step_cost(s: State, engine: Engine) -> None:
 def _begin_decode_step(s: State, engine: Engine) -> bool:
     """Begin a step in which every running request decodes one token; False if blocks run out."""
     size = engine.block_size
-    needing = ints(engine.phases_at)[(-engine.tick) % size]
+    starting, filling = (-engine.tick) % size, (-1 - engine.tick) % size  # phases that begin and complete a block
+    needing = ints(engine.phases_at)[starting]
     if needing > engine.free_blocks:
         return False
     if not engine.prefix_caching:
         engine.free_blocks -= needing
-    elif needing + ints(engine.phases_at)[(-1 - engine.tick) % size] > 0:
+    elif needing + ints(engine.phases_at)[filling] > 0:
         for i in range(engine.running):
-            r = ints(engine.running_at)[i]
-            computed = request_at(s.requests_at, r).prompt + engine.tick - request_at(s.requests_at, r).tick0 - 1
-            offset = computed % size
-            if offset == 0 or offset == size - 1:
-                grow(s, engine, r, computed, 1)
+            phase = ints(engine.phase_of_at)[i]
+            if phase in (starting, filling):
+                r = ints(engine.running_at)[i]
+                grow(s, engine, r, computed_tokens(s, engine, r), 1)
     count = engine.decoding
     engine.step_tokens = count
-    engine.step_local_s = engine.fixed_s + engine.sequence_s * count + floats(engine.local_cost_at)[count] + engine.context_s * engine.context
+    engine.step_local_s = (
+        engine.fixed_s
+        + engine.sequence_s * count
+        + floats(engine.local_cost_at)[count]
+        + engine.context_s * engine.context
+    )
     return True
 
 
@@ -278,7 +288,12 @@ def begin_step(s: State, engine: Engine, now: float) -> float:
     may_admit = engine.waiting > 0 and engine.running < engine.max_num_seqs
     # A head that did not fit still does not: blocks only become fewer until a request finishes, and without a prefix
     # cache its demand cannot shrink. Orders that change with time have no fixed head.
-    if engine.blocked and not engine.prefix_caching and engine.order != ORDER_DYNAMIC and engine.order != ORDER_EXTERNAL:
+    if (
+        engine.blocked
+        and not engine.prefix_caching
+        and engine.order != ORDER_DYNAMIC
+        and engine.order != ORDER_EXTERNAL
+    ):
         may_admit = False
     if (
         engine.decoding == engine.running
@@ -357,6 +372,7 @@ def _finish_decode_step(s: State, engine: Engine, now: float) -> None:
         else:
             next_finish = min(next_finish, end)
             ints(engine.running_at)[kept] = r
+            ints(engine.phase_of_at)[kept] = ints(engine.phase_of_at)[i]
             kept += 1
     engine.running = kept
     engine.next_finish = next_finish
@@ -398,6 +414,7 @@ def _finish_mixed_step(s: State, engine: Engine, now: float) -> None:
         if request.status == DECODE:
             next_finish = min(next_finish, request.tick0 + request.output)
         ints(engine.running_at)[kept] = r
+        ints(engine.phase_of_at)[kept] = _phase(s, engine, r) if request.status == DECODE else NONE
         kept += 1
     engine.running = kept
     engine.next_finish = next_finish

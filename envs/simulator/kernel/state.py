@@ -65,63 +65,14 @@ REQUEST = np.dtype(
 
 ENGINE = np.dtype(
     [
-        # Limits, as in vLLM.
-        ("block_size", "i8"),
-        ("num_blocks", "i8"),
-        ("max_num_seqs", "i8"),
-        ("max_num_batched_tokens", "i8"),
-        ("long_prefill_threshold", "i8"),
-        ("prefix_caching", "i8"),
-        ("priority_preemption", "i8"),  # victim by (priority, arrival), as vLLM's priority policy
-        ("order", "i8"),
-        # Cost.
-        ("slowdown", "f8"),  # factor on the duration of each step
-        ("fixed_s", "f8"),
-        ("sequence_s", "f8"),
-        ("pair_s", "f8"),
-        ("context_s", "f8"),
-        ("local_cost_at", "i8"),  # f8 (tokens + 1,)
-        ("moe_cost_at", "i8"),  # f8 (tokens + 1,)
-        ("prefill_tokens_per_s", "f8"),
-        ("decode_step_s", "f8"),
-        # Scheduler state.
-        ("activity", "i8"),
+        # What every arrival reads, side by side.
         ("event_s", "f8"),  # end of the running step, or the time of the next scheduling
-        ("tick", "i8"),  # steps begun and completed
-        ("next_finish", "i8"),  # tick at which the first decoding request finishes
-        ("free_blocks", "i8"),
+        ("activity", "i8"),
         ("running", "i8"),
-        ("decoding", "i8"),
-        ("context", "i8"),  # tokens of all decoding requests
         ("waiting", "i8"),
-        ("blocked", "i8"),  # the head of the queue did not fit and nothing has changed since
-        ("ordered", "i8"),  # external keys are valid for the next scheduling
-        ("queue_head", "i8"),
-        ("queue_tail", "i8"),
-        ("front", "i8"),  # preempted requests, served before the queue of a policy
-        ("heap", "i8"),
-        ("preempted_count", "i8"),  # in the last step
-        ("step_tokens", "i8"),
-        ("step_local_s", "f8"),  # duration of the step without MoE layers
-        ("rows_free", "i8"),
-        ("running_at", "i8"),  # i4 (S,) running requests in admission order
-        ("scheduled_at", "i8"),  # i4 (S,) their tokens in the running step
-        ("preempted_at", "i8"),  # i4 (S,) requests preempted by the running step
-        ("phases_at", "i8"),  # i4 (block size,) decoding requests by the step at which they need a block
-        # Prefix caching only.
-        ("pool_size", "i8"),  # B: entry B of the free queue is its head, B + 1 its tail
-        ("block_next_at", "i8"),  # i4 (B + 2,) free queue in order of reuse
-        ("block_prev_at", "i8"),  # i4 (B + 2,)
-        ("block_refs_at", "i8"),  # i4 (B + 2,)
-        ("block_hash_at", "i8"),  # i8 (B + 2,) 0 not hashed, 1 hashed but not in the table
-        ("block_twin_at", "i8"),  # i4 (B + 2,) next block of the same hash, in order of insertion
-        ("table_mask", "i8"),  # H - 1
-        ("table_keys_at", "i8"),  # i8 (H,) hash table, open addressing
-        ("table_blocks_at", "i8"),  # i4 (H,)
-        ("block_tables_at", "i8"),  # i4 (S, row_length)
-        ("row_length", "i8"),
-        ("rows_at", "i8"),  # i4 (S,) stack of free rows of the block tables
-        ("template_seen_at", "i8"),  # i1 (templates,)
+        ("free_blocks", "i8"),
+        ("num_blocks", "i8"),
+        ("prefix_caching", "i8"),
         # Availability.
         ("accepting", "i8"),
         ("alive", "i8"),
@@ -136,6 +87,56 @@ ENGINE = np.dtype(
         ("dispatched", "i8"),
         ("ttft_ewma_s", "f8"),
         ("itl_ewma_s", "f8"),
+        # Limits, as in vLLM.
+        ("block_size", "i8"),
+        ("max_num_seqs", "i8"),
+        ("max_num_batched_tokens", "i8"),
+        ("long_prefill_threshold", "i8"),
+        ("priority_preemption", "i8"),  # victim by (priority, arrival), as vLLM's priority policy
+        ("order", "i8"),
+        # Cost.
+        ("slowdown", "f8"),  # factor on the duration of each step
+        ("fixed_s", "f8"),
+        ("sequence_s", "f8"),
+        ("pair_s", "f8"),
+        ("context_s", "f8"),
+        ("local_cost_at", "i8"),  # f8 (tokens + 1,)
+        ("moe_cost_at", "i8"),  # f8 (tokens + 1,)
+        ("prefill_tokens_per_s", "f8"),
+        ("decode_step_s", "f8"),
+        # Scheduler state.
+        ("tick", "i8"),  # steps begun and completed
+        ("next_finish", "i8"),  # tick at which the first decoding request finishes
+        ("decoding", "i8"),
+        ("context", "i8"),  # tokens of all decoding requests
+        ("blocked", "i8"),  # the head of the queue did not fit and nothing has changed since
+        ("ordered", "i8"),  # external keys are valid for the next scheduling
+        ("queue_head", "i8"),
+        ("queue_tail", "i8"),
+        ("front", "i8"),  # preempted requests, served before the queue of a policy
+        ("heap", "i8"),
+        ("preempted_count", "i8"),  # in the last step
+        ("step_tokens", "i8"),
+        ("step_local_s", "f8"),  # duration of the step without MoE layers
+        ("rows_free", "i8"),
+        ("running_at", "i8"),  # i4 (S,) running requests in admission order
+        ("scheduled_at", "i8"),  # i4 (S,) their tokens in the running step
+        ("preempted_at", "i8"),  # i4 (S,) requests preempted by the running step
+        ("phases_at", "i8"),  # i4 (block size,) number of decoding requests by the tick at which they need a block
+        ("phase_of_at", "i8"),  # i4 (S,) that phase of each running request, NONE while it does not decode
+        # Prefix caching only.
+        ("blocks_at", "i8"),  # BLOCK (B,)
+        ("free_at", "i8"),  # i4 (free_mask + 1,) ring of free blocks in order of reuse
+        ("free_mask", "i8"),
+        ("free_head", "i8"),
+        ("free_entries", "i8"),  # holes included
+        ("table_mask", "i8"),  # H - 1
+        ("table_keys_at", "i8"),  # i8 (H,) hash table, open addressing
+        ("table_blocks_at", "i8"),  # i4 (H,)
+        ("block_tables_at", "i8"),  # i4 (S, row_length)
+        ("row_length", "i8"),
+        ("rows_at", "i8"),  # i4 (S,) stack of free rows of the block tables
+        ("template_seen_at", "i8"),  # i1 (templates,)
         # Exact integrals over time up to integral_s, for rewards.
         ("integral_s", "f8"),
         ("integral_prefill", "f8"),
@@ -209,6 +210,17 @@ CLUSTER = np.dtype(
         ("engine_score_at", "i8"),  # compiled engine policy, see compile.py
         ("request_key_at", "i8"),  # compiled request policy
         ("request_param_count", "i8"),
+    ],
+    align=True,
+)
+
+# Valid only while the block is in the hash table.
+BLOCK = np.dtype(
+    [
+        ("hash", "i8"),
+        ("refs", "i4"),
+        ("twin", "i4"),  # next block of the same hash, in order of insertion
+        ("position", "i4"),  # in the free queue, while nobody refers to the block
     ],
     align=True,
 )

@@ -1,0 +1,213 @@
+"""Run folders: one training run, everything that it came from and all that it left behind.
+
+::
+
+    runs/NAME/TIMESTAMP/            runs/NAME/latest points at the newest
+        config.yaml                 the config with all values resolved
+        versions.json               Python, packages, machine and git commit
+        tensorboard/                scalars over time
+        checkpoints/step_*.pt       the newest few states to resume from
+        evaluations.jsonl           one JSON object per evaluation
+        policy/                     bundle of the best policy so far
+        policy_last/                bundle of the newest policy
+        done.json                   the result, once the run is complete
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from servegym.errors import InputError
+
+ROOT = Path("runs")
+RECORDED_PACKAGES = ("servegym", "numpy", "numba", "gymnasium", "torch", "stable-baselines3", "sb3-contrib", "safetensors")
+KEPT_CHECKPOINTS = 3
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under another name and rename it, so that its reader never sees half of it.
+
+    Args:
+        path: the file.
+        write: called with the open file.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping as indented JSON, atomically."""
+    atomic_write(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on; those not installed are left out."""
+    found = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment_record() -> dict[str, Any]:
+    """Return what ``versions.json`` holds: Python, packages, machine, and the commit if the code is a git checkout."""
+    return {
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cpus": os.cpu_count()},
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Return commit and cleanliness of the checkout that this package runs from; None outside of one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an install below another project is not its code
+        return {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain", "--untracked-files=no")}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Args:
+        path: the folder; it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.evaluations = path / "evaluations.jsonl"
+        self.policy = path / "policy"
+        self.policy_last = path / "policy_last"
+        self.done = path / "done.json"
+
+    @classmethod
+    def create(cls, name: str, out: str | Path | None, config: Mapping[str, Any]) -> RunFolder:
+        """Make the folder of a new run and write down what it starts from.
+
+        Args:
+            name: of the run.
+            out: the folder; default ``runs/NAME/TIMESTAMP``, which ``runs/NAME/latest`` then points at.
+            config: resolved config, as plain data.
+
+        Raises:
+            InputError: ``out`` is there and not empty, or cannot be made.
+        """
+        try:
+            if out is None:
+                path = _fresh_folder(ROOT / name)
+                _point(ROOT / name / "latest", path.name)
+            else:
+                path = Path(out)
+                path.mkdir(parents=True, exist_ok=True)
+                if any(path.iterdir()):
+                    raise InputError("--out", str(path), "is not empty; to go on with a run, resume it")
+            run = cls(path)
+            run.checkpoints.mkdir()
+        except OSError as error:
+            raise InputError("--out", str(out or ROOT / name), f"cannot be written: {error.strerror}") from None
+        run.write_config(config)
+        write_json(path / "versions.json", environment_record())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Return an existing run.
+
+        Raises:
+            InputError: not a run folder.
+        """
+        run = cls(Path(path).resolve())
+        if not run.config.is_file():
+            raise InputError(str(path), "", f"not a run folder: it has no {run.config.name}")
+        return run
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the resolved config, plain data."""
+        text = yaml.safe_dump(dict(config), sort_keys=False, width=100)
+        atomic_write(self.config, lambda file: file.write(text.encode()))
+
+    def newest_checkpoint(self) -> Path:
+        """Return the checkpoint with the most steps.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = sorted(self.checkpoints.glob("step_*.pt"))
+        if not found:
+            raise InputError(str(self.path), "checkpoints", "empty: the run cannot be resumed")
+        return found[-1]
+
+    def add_checkpoint(self, steps: int, write: Callable[[BinaryIO], object]) -> Path:
+        """Write a checkpoint and drop the oldest beyond :data:`KEPT_CHECKPOINTS`."""
+        path = self.checkpoints / f"step_{steps:012d}.pt"
+        atomic_write(path, write)
+        for old in sorted(self.checkpoints.glob("step_*.pt"))[:-KEPT_CHECKPOINTS]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def add_evaluation(self, row: Mapping[str, Any]) -> None:
+        """Append one evaluation."""
+        with self.evaluations.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def forget_after(self, steps: int) -> None:
+        """Drop evaluations later than a checkpoint that the run goes back to."""
+        if self.evaluations.is_file():
+            lines = self.evaluations.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["steps"] <= steps]
+            atomic_write(self.evaluations, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+
+
+def _fresh_folder(parent: Path) -> Path:
+    """Make a folder named by the time; a second one within the same second gets a suffix."""
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1, 1000):
+        path = parent / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise OSError(0, f"too many runs at {stamp}")
+
+
+def _point(link: Path, target: str) -> None:
+    """Make ``link`` a symbolic link to ``target``, replacing an older one in one step."""
+    fresh = link.with_name(f".{link.name}-{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    os.replace(fresh, link)

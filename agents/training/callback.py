@@ -1,0 +1,159 @@
+"""What happens between two updates: evaluation, bundles, checkpoints, scalars, progress."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+from servegym.agents.networks import DispatchActor
+from servegym.agents.runs import RunFolder, package_versions
+from servegym.agents.training import checkpoint
+from servegym.agents.training.config import TrainConfig
+from servegym.agents.training.episodes import EpisodeVecEnv
+from servegym.agents.training.export import actor_weights, torch_logits
+from servegym.agents.training.progress import TrainingProgress
+from servegym.agents.training.validation import objective, run_episode, summarise
+from servegym.engine_bridge.bundle import write_bundle
+from servegym.engine_bridge.manifest import Provenance
+from servegym.engine_bridge.set_scorer import SetScorer
+
+
+class TrainingCallback(BaseCallback):
+    """Keeps a run folder up to date.
+
+    Args:
+        config: the resolved config.
+        run: the folder.
+        envs: the training environments.
+        validation_env: the environment of the evaluations.
+        progress: where progress is shown.
+        best_objective: of earlier evaluations, when a run is resumed.
+        resumed_at: steps of the checkpoint that the run was resumed from, -1 for a new run.
+
+    Attributes:
+        state: the run after the last update, ready to be written as a checkpoint.
+        best_objective: lowest objective so far.
+        last_evaluation: means of the newest evaluation.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        envs: EpisodeVecEnv,
+        validation_env: gym.Env[Any, Any],
+        progress: TrainingProgress,
+        best_objective: float,
+        resumed_at: int,
+    ) -> None:
+        super().__init__()
+        self.state: dict[str, Any] | None = None
+        self.best_objective = best_objective
+        self.last_evaluation: dict[str, float] = {}
+        self._config, self._run, self._envs, self._progress = config, run, envs, progress
+        self._validation_env = validation_env
+        self._resumed_at = resumed_at
+        self._rollout_began = time.perf_counter()
+        self._last_return: float | None = None
+        self._last_ratio: float | None = None
+
+    @property
+    def actor(self) -> DispatchActor:
+        """The network that is trained."""
+        actor: DispatchActor = self.model.policy.actor
+        return actor
+
+    def _on_rollout_start(self) -> None:
+        fresh = self.num_timesteps != self._resumed_at  # a checkpoint comes after all else that belongs to its step
+        if fresh and self._passed(self._config.evaluation.every_steps):
+            self._evaluate()
+        self.state = checkpoint.capture(self.model, self._envs, self.best_objective)
+        if fresh and self._passed(self._config.checkpoint_every_steps):
+            self.save()
+        self._rollout_began = time.perf_counter()
+
+    def _on_training_end(self) -> None:
+        if self.num_timesteps == self._resumed_at:
+            return
+        self._evaluate()
+        self.state = checkpoint.capture(self.model, self._envs, self.best_objective)
+        self.save()
+        self.logger.dump(self.num_timesteps)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def save(self) -> bool:
+        """Write the state after the last update as a checkpoint; False if there is no state yet."""
+        state = self.state
+        if state is None:
+            return False
+        self._run.add_checkpoint(state["steps"], lambda file: checkpoint.write(state, file))
+        return True
+
+    def _passed(self, period: int) -> bool:
+        """Whether the last rollout passed a multiple of ``period`` steps; true at the very start."""
+        before = self.num_timesteps - self._config.rollout_steps
+        return before < 0 or self.num_timesteps // period > before // period
+
+    def _evaluate(self) -> None:
+        settings = self._config.evaluation
+        scorer = SetScorer(actor_weights(self.actor))
+        seeds = range(settings.first_seed, settings.first_seed + settings.episodes)
+        means = summarise([run_episode(scorer, self._validation_env, seed) for seed in seeds])
+        means["objective"] = objective(means, settings.objective)
+        self.last_evaluation = means
+        best = means["objective"] < self.best_objective
+        if not math.isfinite(means["objective"]):
+            raise FloatingPointError(f"evaluation at step {self.num_timesteps} is not finite: {means}")
+        self._run.add_evaluation({"steps": self.num_timesteps, "best": best, **means})
+        self._write_bundle(self._run.policy_last, means)
+        if best:
+            self.best_objective = means["objective"]
+            self._write_bundle(self._run.policy, means)
+        for name, value in means.items():
+            self.logger.record(f"evaluation/{name}", value)
+        self._last_ratio = means.get("ttft_s_ratio", self._last_ratio)
+
+    def _write_bundle(self, folder: Any, means: dict[str, float]) -> None:
+        training = Provenance(
+            run=self._config.name,
+            config_sha256=self._config.sha256(),
+            seed=self._config.seed,
+            steps=self.num_timesteps,
+            environment="servegym/EngineDispatch-v0",
+            evaluation=means,
+        )
+        write_bundle(folder, actor_weights(self.actor), torch_logits(self.actor), training, package_versions())
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        engines = int(self.model.action_space.n)
+        share = np.bincount(buffer.actions.astype(np.int64).ravel(), minlength=engines) / buffer.actions.size
+        for engine, part in enumerate(share):
+            self.logger.record(f"policy/share_engine_{engine:02d}", float(part))
+        self.logger.record("policy/entropy", self._entropy())
+        self.logger.record("rollout/reward_per_step", float(buffer.rewards.mean()))
+        rate = self._config.rollout_steps / (time.perf_counter() - self._rollout_began)
+        self.logger.record("time/collect_steps_per_s", rate)
+        finished = self._envs.take_finished()
+        if finished:
+            means = summarise(finished)
+            for name, value in means.items():
+                self.logger.record(f"rollout/{name}", value)
+            self._last_return = means["return"]
+        self._progress.update(self.num_timesteps, self._last_return, self._last_ratio)
+
+    @torch.no_grad()
+    def _entropy(self) -> float:
+        """Return the mean entropy of the actions' distributions at the environments' present observations, nats."""
+        observation = {key: torch.as_tensor(value) for key, value in self.model._last_obs.items()}
+        actor = self.actor
+        logits = actor(observation["engines"], observation["request"], observation["mask"].float())
+        return float(torch.distributions.Categorical(logits=logits).entropy().mean())

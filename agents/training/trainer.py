@@ -1,0 +1,200 @@
+"""Training a dispatch policy from a config, with Stable-Baselines3."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import PPO
+from stable_baselines3.common.logger import Logger
+from torch.utils.tensorboard import SummaryWriter
+
+from servegym.agents.networks import DispatchPolicy, MaskableDispatchPolicy
+from servegym.agents.runs import RunFolder, write_json
+from servegym.agents.training import checkpoint
+from servegym.agents.training.callback import TrainingCallback
+from servegym.agents.training.config import TrainConfig
+from servegym.agents.training.discount import MaskableTimedRolloutBuffer, TimedRolloutBuffer
+from servegym.agents.training.episodes import EpisodeVecEnv
+from servegym.agents.training.progress import TrainingProgress
+from servegym.agents.training.scalars import TensorBoardScalars
+from servegym.baselines.features import ENGINE_FEATURES, REQUEST_FEATURES
+from servegym.configuration import load_mapping, validate
+from servegym.envs.engine_dispatch import EngineDispatchConfig, EngineDispatchEnv
+from servegym.errors import InputError
+
+_ALGORITHMS: dict[str, tuple[type[Any], type[Any], type[Any]]] = {
+    "MaskablePPO": (MaskablePPO, MaskableDispatchPolicy, MaskableTimedRolloutBuffer),
+    "PPO": (PPO, DispatchPolicy, TimedRolloutBuffer),
+}
+# What may differ between a run and its continuation; anything else would make it another run.
+_MAY_CHANGE = {"total_steps", "checkpoint_every_steps", "evaluation", "torch_threads"}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder.
+        policy: bundle of the best policy.
+        steps: decisions trained on.
+        best_objective: lowest objective of all evaluations.
+        evaluation: means of the last evaluation.
+    """
+
+    folder: Path
+    policy: Path
+    steps: int
+    best_objective: float
+    evaluation: dict[str, float]
+
+
+def train(
+    config: TrainConfig | None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    progress: bool = True,
+    make_env: Callable[[EngineDispatchConfig], gym.Env[Any, Any]] = EngineDispatchEnv,
+) -> TrainResult:
+    """Train a policy, or go on with an interrupted run.
+
+    A run that is interrupted and resumed ends bit for bit as one that was not. Ctrl-C writes the state after the last
+    update, says how to go on, and lets the KeyboardInterrupt through.
+
+    Args:
+        config: what to train; with ``resume``, None for the run's own config, else one that differs from it in nothing
+            but length, evaluation, checkpoints and threads.
+        out: the run folder; default ``runs/NAME/TIMESTAMP``.
+        resume: an existing run folder.
+        progress: show progress on stderr.
+        make_env: makes the environment from its config; one of your own needs the spaces of EngineDispatch, and
+            ``elapsed_s``, ``metrics`` and maybe ``reference_metrics`` in its info.
+
+    Raises:
+        InputError: a wrong config or a run that cannot be resumed.
+    """
+    if resume is not None:
+        if out is not None:
+            raise InputError("--out", str(out), "not together with a run to resume, which goes on in its own folder")
+        run = RunFolder.open(resume)
+        config = _continuation(config, run)
+        if run.done.is_file() and (result := _result(run)).steps >= config.total_steps:
+            return result
+    elif config is None:
+        raise InputError("train", "config", "missing; needed unless a run is resumed")
+    # Both environments are made before the folder, so that a mistake in their configs leaves nothing behind.
+    envs = EpisodeVecEnv(partial(make_env, config.env), config.algorithm.n_envs, config.seed)
+    validation_env = make_env(config.validation_env())
+    _check_spaces(validation_env)
+    if resume is None:
+        run = RunFolder.create(config.name, out, config.model_dump(mode="json"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.torch_threads)
+    try:
+        return _run(config, run, envs, validation_env, resume is not None, progress)
+    finally:
+        torch.set_num_threads(threads)
+        envs.close()
+        validation_env.close()
+
+
+def _run(
+    config: TrainConfig,
+    run: RunFolder,
+    envs: EpisodeVecEnv,
+    validation_env: gym.Env[Any, Any],
+    resumed: bool,
+    show: bool,
+) -> TrainResult:
+    model = _model(config, envs)
+    best, start = math.inf, -1
+    if resumed:
+        path = run.newest_checkpoint()
+        state = checkpoint.read(path)
+        checkpoint.restore(model, envs, state, path)
+        best, start = state["best_objective"], state["steps"]
+        run.forget_after(start)
+        run.write_config(config.model_dump(mode="json"))
+    with (
+        SummaryWriter(str(run.tensorboard), purge_step=start + 1 if resumed else None) as writer,
+        TrainingProgress(config.total_steps, max(start, 0), show) as shown,
+    ):
+        model.set_logger(Logger(str(run.path), [TensorBoardScalars(writer)]))
+        callback = TrainingCallback(config, run, envs, validation_env, shown, best, start)
+        try:
+            model.learn(
+                config.total_steps - model.num_timesteps,
+                callback=callback,
+                reset_num_timesteps=not resumed,
+            )
+        except KeyboardInterrupt:
+            if callback.save():
+                print(f"interrupted; resume with: servegym train --resume {run.path}", file=sys.stderr, flush=True)
+            raise
+    outcome = {
+        "steps": model.num_timesteps,
+        "best_objective": callback.best_objective,
+        "evaluation": callback.last_evaluation,
+    }
+    write_json(run.done, outcome)
+    return _result(run)
+
+
+def _result(run: RunFolder) -> TrainResult:
+    return TrainResult(run.path, run.policy, **json.loads(run.done.read_text(encoding="utf-8")))
+
+
+def _model(config: TrainConfig, envs: EpisodeVecEnv) -> Any:
+    settings, network = config.algorithm, config.network
+    algorithm, policy, buffer = _ALGORITHMS[settings.name]
+    rate = settings.learning_rate
+    return algorithm(
+        policy,
+        envs,
+        n_steps=settings.n_steps,
+        batch_size=settings.batch_size,
+        n_epochs=settings.n_epochs,
+        learning_rate=rate if settings.learning_rate_schedule == "constant" else lambda left: rate * max(left, 0.0),
+        clip_range=settings.clip_range,
+        ent_coef=settings.ent_coef,
+        vf_coef=settings.vf_coef,
+        max_grad_norm=settings.max_grad_norm,
+        target_kl=settings.target_kl,
+        gamma=1.0,  # the buffer discounts per second
+        gae_lambda=settings.gae_lambda,
+        rollout_buffer_class=buffer,
+        rollout_buffer_kwargs={"elapsed_s": envs.elapsed_s, "discount_rate_per_s": settings.discount_rate_per_s},
+        policy_kwargs=network.model_dump(),
+        seed=config.seed,
+        device="cpu",  # networks this small are slower on a GPU
+    )
+
+
+def _check_spaces(env: gym.Env[Any, Any]) -> None:
+    """Raise ValueError unless the spaces are those of EngineDispatch."""
+    slots = getattr(env.action_space, "n", None)
+    expected = {"engines": (slots, len(ENGINE_FEATURES)), "request": (len(REQUEST_FEATURES),), "mask": (slots,)}
+    parts = getattr(env.observation_space, "spaces", {})
+    if {key: part.shape for key, part in parts.items()} != expected:
+        raise ValueError(f"the observation has the parts {parts}; needed: shapes {expected}, slots as in Discrete(slots)")
+
+
+def _continuation(config: TrainConfig | None, run: RunFolder) -> TrainConfig:
+    own = validate(TrainConfig, load_mapping(run.config), str(run.config))
+    if config is None:
+        return own
+    for name in type(own).model_fields:
+        if name not in _MAY_CHANGE and getattr(own, name) != getattr(config, name):
+            raise InputError(str(run.config), name, f"differs from the config given; only {', '.join(sorted(_MAY_CHANGE))} may")
+    return config

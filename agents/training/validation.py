@@ -1,0 +1,72 @@
+"""Evaluation during training: the most probable action on held-out seeds, through the runtime that is deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from servegym.agents.training.episodes import FinishedEpisode
+from servegym.engine_bridge.set_scorer import SetScorer
+from servegym.errors import InputError
+
+# The metrics that are logged, where the environment has them.
+METRICS = ("ttft_s", "tpot_s", "e2e_s", "throughput_rps")
+
+
+def run_episode(scorer: SetScorer, env: gym.Env[Any, Any], seed: int) -> FinishedEpisode:
+    """Play one episode greedily with a network.
+
+    Args:
+        scorer: the network without torch.
+        env: an environment with the spaces of EngineDispatch.
+        seed: of the episode.
+    """
+    observation, _ = env.reset(seed=seed)
+    reward, length = 0.0, 0
+    while True:
+        open_engines = observation["mask"] > 0
+        logits = scorer.logits(observation["engines"], observation["request"], open_engines)
+        action = int(np.where(open_engines, logits, -np.inf).argmax())
+        observation, gained, terminated, truncated, info = env.step(action)
+        reward += float(gained)
+        length += 1
+        if terminated or truncated:
+            return FinishedEpisode(reward, length, info.get("metrics", {}), info.get("reference_metrics", {}))
+
+
+def summarise(episodes: Sequence[FinishedEpisode]) -> dict[str, float]:
+    """Return means over episodes: ``return``, each metric, and ``METRIC_ratio`` against the reference.
+
+    A ratio is the mean of the episodes' ratios, so that an overloaded episode does not outweigh the others.
+    """
+    means = {"return": float(np.mean([episode.reward for episode in episodes]))}
+    for name in METRICS:
+        if all(name in episode.metrics for episode in episodes):
+            means[name] = float(np.mean([episode.metrics[name] for episode in episodes]))
+        if all(_ratio(episode, name) is not None for episode in episodes):
+            means[f"{name}_ratio"] = float(np.mean([_ratio(episode, name) for episode in episodes]))
+    return means
+
+
+def objective(means: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Return the weighted sum of ratios to the reference (of plain metrics without one); lower is better.
+
+    Raises:
+        InputError: the environment reports no such metric.
+    """
+    total = 0.0
+    for name, weight in weights.items():
+        value = means.get(f"{name}_ratio", means.get(name))
+        if value is None:
+            known = ", ".join(metric for metric in METRICS if metric in means)
+            raise InputError("config", f"evaluation.objective.{name}", f"not a metric of the environment; known: {known}")
+        total += weight * value
+    return total
+
+
+def _ratio(episode: FinishedEpisode, name: str) -> float | None:
+    mine, reference = episode.metrics.get(name), episode.reference_metrics.get(name)
+    return None if mine is None or not reference else float(mine) / float(reference)

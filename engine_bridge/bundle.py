@@ -1,0 +1,234 @@
+"""Policy bundles: a learned policy as a folder of plain files, and its way back to a policy that scores engines.
+
+::
+
+    policy.json          what the policy is (servegym.engine_bridge.manifest), with golden decisions
+    policy.safetensors   the weights
+    README.md            the same for people
+
+Nothing is pickled and nothing needs torch. Importing this module lets a bundle stand wherever a policy is named:
+``--policy engine=runs/dispatch_ppo/latest`` (a run folder, a bundle folder or its ``policy.json``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from servegym.baselines.features import (
+    ENGINE_FEATURE_NAMES,
+    REQUEST_FEATURE_NAMES,
+    Float32Array,
+    fill_dispatch_features,
+)
+from servegym.baselines.interface import E_AVAILABLE
+from servegym.baselines.policy_spec import Layer, PolicySpec
+from servegym.baselines.registry import register_loader
+from servegym.configuration import validate
+from servegym.engine_bridge.bundle_card import model_card
+from servegym.engine_bridge.bundle_policy import BundlePolicy
+from servegym.engine_bridge.golden import draw_decision, golden_pair
+from servegym.engine_bridge.manifest import GOLDEN_PAIRS, SCHEMA_VERSION, Manifest, Provenance, Widths
+from servegym.engine_bridge.set_scorer import SetScorer, weight_shapes
+from servegym.errors import InputError
+
+MANIFEST = "policy.json"
+WEIGHTS = "policy.safetensors"
+CARD = "README.md"
+TOLERANCE = 1e-4  # of golden logits: another CPU's float32 rounding passes, another feature or formula does not
+
+ReferenceLogits = Callable[[Float32Array, Float32Array, npt.NDArray[np.bool_]], Float32Array]
+
+
+def write_bundle(
+    folder: str | Path,
+    weights: Mapping[str, Float32Array],
+    reference: ReferenceLogits,
+    training: Provenance,
+    packages: Mapping[str, str],
+) -> None:
+    """Write a bundle; an older one in its place is replaced as a whole.
+
+    Args:
+        folder: where the bundle is to stand.
+        weights: float32 arrays with the names and shapes of :func:`weight_shapes`.
+        reference: the trained network itself, (engine features, request features, available) -> logits; its answers
+            become the golden pairs.
+        training: where the weights come from.
+        packages: versions to record.
+    """
+    blob = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in weights.items()})
+    hidden, engine_features = weights["encoder.engine.weight"].shape
+    golden = []
+    rng = np.random.default_rng(np.random.SeedSequence(0))
+    for _ in range(GOLDEN_PAIRS):
+        row, matrix = draw_decision(rng)
+        engines = np.empty((len(matrix), len(ENGINE_FEATURE_NAMES)), dtype=np.float32)
+        request = np.empty(len(REQUEST_FEATURE_NAMES), dtype=np.float32)
+        fill_dispatch_features(row, matrix, engines, request)
+        available = matrix[:, E_AVAILABLE] > 0
+        golden.append(golden_pair(row, matrix, reference(engines, request, available)))
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        layer="engine",
+        architecture="set_scorer",
+        widths=Widths(
+            engine_features=engine_features,
+            request_features=weights["encoder.request.weight"].shape[1],
+            hidden=hidden,
+        ),
+        engine_features=ENGINE_FEATURE_NAMES,
+        request_features=REQUEST_FEATURE_NAMES,
+        action="score of an engine = -logit; the lowest score is chosen, equal engines take turns",
+        mask="unavailable engines score infinity and are left out of the pooling",
+        normalisation=None,
+        training=training,
+        packages=dict(packages),
+        weights_sha256=hashlib.sha256(blob).hexdigest(),
+        golden=tuple(golden),
+    )
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        (fresh / WEIGHTS).write_bytes(blob)
+        (fresh / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+        (fresh / CARD).write_text(model_card(manifest), encoding="utf-8")
+        fresh.chmod(0o755)
+        _put_in_place(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _put_in_place(fresh: Path, target: Path) -> None:
+    """Rename a finished folder to its place. A reader sees the old bundle, the new one, or for an instant none."""
+    old = fresh.with_name(fresh.name + ".old")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(fresh, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_bundle(path: str | Path) -> BundlePolicy:
+    """Read a bundle, check everything, and return its policy.
+
+    Args:
+        path: a bundle folder, its ``policy.json``, or a run folder, whose best policy is taken.
+
+    Raises:
+        InputError: a missing file, an unknown schema, other features than this version computes, weights that are damaged,
+            not finite or of the wrong shape, or golden decisions that this machine does not reproduce.
+    """
+    folder = _bundle_folder(Path(path))
+    manifest = _read_manifest(folder / MANIFEST)
+    scorer = SetScorer(_read_weights(folder / WEIGHTS, manifest))
+    policy = BundlePolicy(scorer, manifest, folder)
+    _replay(policy, folder / MANIFEST)
+    return policy
+
+
+def _bundle_folder(path: Path) -> Path:
+    folder = path.parent if path.name == MANIFEST else path
+    if not (folder / MANIFEST).exists() and (folder / "policy" / MANIFEST).exists():
+        return folder / "policy"
+    if not folder.is_dir():
+        raise InputError(str(path), "", "no such policy bundle")
+    return folder
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(str(path), "", "missing; a policy bundle has it") from None
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), "", f"not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(str(path), "", f"top level is {type(content).__name__}; allowed: an object")
+    manifest = validate(Manifest, content, str(path))
+    for field, found, known in (
+        ("engine_features", manifest.engine_features, ENGINE_FEATURE_NAMES),
+        ("request_features", manifest.request_features, REQUEST_FEATURE_NAMES),
+    ):
+        if found != known:
+            where = next((i for i, pair in enumerate(zip(found, known, strict=False)) if pair[0] != pair[1]), None)
+            difference = (
+                f"{len(found)} names; allowed: {len(known)}"
+                if where is None
+                else f"name {where} is {found[where]!r}; allowed: {known[where]!r}"
+            )
+            raise InputError(str(path), field, f"{difference}, as this version of servegym computes them")
+    widths = manifest.widths
+    if (widths.engine_features, widths.request_features) != (len(ENGINE_FEATURE_NAMES), len(REQUEST_FEATURE_NAMES)):
+        raise InputError(str(path), "widths", "do not match the number of features")
+    return manifest
+
+
+def _read_weights(path: Path, manifest: Manifest) -> dict[str, Float32Array]:
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise InputError(str(path), "", f"cannot be read: {error.strerror}") from None
+    if hashlib.sha256(blob).hexdigest() != manifest.weights_sha256:
+        raise InputError(str(path), "", f"damaged or replaced: its sha256 is not the one in {MANIFEST}")
+    try:
+        weights = safetensors.numpy.load(blob)
+    except SafetensorError as error:
+        raise InputError(str(path), "", f"not a safetensors file: {error}") from None
+    widths = manifest.widths
+    shapes = weight_shapes(widths.engine_features, widths.request_features, widths.hidden)
+    if set(weights) != set(shapes):
+        odd = sorted(set(weights) ^ set(shapes))[0]
+        raise InputError(str(path), odd, "missing" if odd in shapes else "unknown weight")
+    for name, shape in shapes.items():
+        array = weights[name]
+        if array.shape != shape or array.dtype != np.float32:
+            raise InputError(str(path), name, f"got {array.dtype} {array.shape}; allowed: float32 {shape}")
+        if not np.isfinite(array).all():
+            raise InputError(str(path), name, "has values that are not finite")
+    return weights
+
+
+def _replay(policy: BundlePolicy, source: Path) -> None:
+    """Refuse to serve where the golden decisions come out differently."""
+    for index, pair in enumerate(policy.manifest.golden):
+        field = f"golden.{index}"
+        row, matrix = pair.views()
+        if matrix.shape != (len(pair.logits), len(matrix.T)):
+            raise InputError(str(source), field, "columns of different length")
+        expected = np.array([np.nan if logit is None else logit for logit in pair.logits])
+        got = policy.logits(row, matrix)
+        available = matrix[:, E_AVAILABLE] > 0
+        if (np.isnan(expected) == available).any():
+            raise InputError(str(source), field, "logits are null exactly at unavailable engines")
+        if not np.allclose(got[available], expected[available], rtol=TOLERANCE, atol=TOLERANCE):
+            worst = float(np.abs(got - expected)[available].max())
+            raise InputError(str(source), field, f"this machine's logits differ by {worst:.3g}; allowed: {TOLERANCE:g}")
+
+
+def _looks_like_bundle(name: str) -> bool:
+    path = Path(name)
+    return path.is_dir() or path.name == MANIFEST or (len(path.parts) > 1 and ":" not in name)
+
+
+def _from_registry(layer: Layer, spec: PolicySpec) -> BundlePolicy:
+    source = f"policy {layer}={spec.name}"
+    if spec.params:
+        raise InputError(source, next(iter(spec.params)), "a policy bundle takes no parameters")
+    policy = load_bundle(spec.name)
+    if policy.manifest.layer != layer:
+        raise InputError(source, "", f"the bundle is a policy of the {policy.manifest.layer} level")
+    return policy
+
+
+register_loader(_looks_like_bundle, _from_registry)

@@ -1,0 +1,89 @@
+"""Least squares on relative errors, for step times that span four orders of magnitude."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class FitQuality:
+    """Relative errors of a fit against what it was fitted to.
+
+    Attributes:
+        points: number of values compared.
+        median: median of ``|fitted / measured - 1|``.
+        worst: the largest of them.
+    """
+
+    points: int
+    median: float
+    worst: float
+
+    @classmethod
+    def of(cls, fitted: FloatArray, measured: FloatArray) -> FitQuality:
+        """Compare two arrays of one shape.
+
+        >>> str(FitQuality.of(np.array([1.1, 2.0, 3.0]), np.array([1.0, 2.0, 3.0])))
+        '3 points, error median 0.0 %, worst 10.0 %'
+        """
+        error = np.abs(fitted / measured - 1)
+        return cls(error.size, float(np.median(error)), float(error.max()))
+
+    def __str__(self) -> str:
+        return f"{self.points} points, error median {100 * self.median:.1f} %, worst {100 * self.worst:.1f} %"
+
+
+def fit_relative(columns: FloatArray, values: FloatArray) -> FloatArray:
+    """Return the non-negative coefficients that minimise the squared relative error of ``columns @ coefficients``.
+
+    The active set is found by dropping, one by one, the coefficient that comes out most negative: exact enough for the
+    handful of well separated cost terms here, and free of scipy.
+
+    Args:
+        columns: shape (points, coefficients).
+        values: positive values, shape (points,).
+
+    >>> fit_relative(np.array([[1.0, 1], [1, 2], [1, 3]]), np.array([5.0, 7, 9])).round(6).tolist()
+    [3.0, 2.0]
+    """
+    kept = np.arange(columns.shape[1])
+    coefficients = np.zeros(columns.shape[1])
+    while kept.size:
+        solution, *_ = np.linalg.lstsq(columns[:, kept] / values[:, None], np.ones(len(values)), rcond=None)
+        if solution.min() >= 0:
+            coefficients[kept] = solution
+            break
+        kept = np.delete(kept, solution.argmin())
+    return coefficients
+
+
+def fit_curve(tokens: FloatArray, us: FloatArray, knots: npt.NDArray[np.int64]) -> FloatArray:
+    """Fit a non-decreasing piecewise linear curve to scattered costs.
+
+    Args:
+        tokens: where the cost is known, shape (points,), within the knots.
+        us: cost there, positive, same shape.
+        knots: support points of the curve, increasing, shape (knots,); each needs a point in an adjacent interval.
+
+    Returns:
+        The cost at the knots, shape (knots,).
+
+    >>> fit_curve(np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 3, 4]), np.array([1, 4])).round(6).tolist()
+    [1.0, 4.0]
+    """
+    hats = np.stack([np.interp(tokens, knots, unit) for unit in np.eye(len(knots))], axis=1)
+    return np.maximum.accumulate(fit_relative(hats, us))
+
+
+def significant(value: float, digits: int = 4) -> float:
+    """Round to a number of significant digits, as the shipped files hold.
+
+    >>> significant(0.00123456)
+    0.001235
+    """
+    return float(f"{value:.{digits}g}")

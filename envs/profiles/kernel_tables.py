@@ -1,0 +1,262 @@
+"""Build a profile from public kernel tables: ``python -m servegym.envs.profiles.kernel_tables --help``.
+
+The measured latencies of single kernels are summed over the layers of a model (:mod:`.kernel_costs` says which are
+measured and which modelled) and fitted to the terms of :class:`~servegym.envs.profiles.profile.StepTime`:
+
+======================  ===============================================================================================
+``dense_us(T)``         projections + element-wise kernels + attention's cost per query token
+``moe_us(T)``           fused MoE layers with equally likely experts; ``T`` counts the tokens of all ranks
+``communication_us(T)`` all-gather and reduce-scatter of the hidden states, with expert parallelism only
+``prefill_pair_us``     attention per query-key pair
+``decode_context_us``   attention per context token of a decoding sequence
+``per_sequence_us``     attention, lm_head and sampling per sequence
+``fixed_us``            attention and lm_head of an empty batch, and the host's share of a step
+======================  ===============================================================================================
+
+Attention of a layer is fitted as ``floor + a * sequences + b * tokens + c * pairs + d * context`` to the prefill and
+the decode table together, since one kernel serves a mixed batch. The tables prefill from an empty context only: that a
+chunk behind ``p`` tokens costs ``c`` per query-key pair as well is an extrapolation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from servegym.envs.profiles.document import render
+from servegym.envs.profiles.fitting import FitQuality, FloatArray, fit_curve, fit_relative, significant
+from servegym.envs.profiles.hardware import H200, MODELS, Gpu, ModelShape, kv_blocks
+from servegym.envs.profiles.kernel_costs import HOST_US, KernelCosts
+from servegym.envs.profiles.profile import EngineLimits, Profile, StepTime, TokenCurve
+from servegym.envs.profiles.tables import AttentionRows, KernelTables
+from servegym.errors import InputError, nearest
+
+DENSE_KNOTS = (1, 16, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
+MOE_KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
+COMMUNICATION_KNOTS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192, 16384)
+
+SMALL_BATCH = 256
+
+BLOCK_SIZE = 16
+MAX_NUM_SEQS = 256
+MAX_NUM_BATCHED_TOKENS = 8192
+GPU_MEMORY_UTILIZATION = 0.92
+
+SOURCE = (
+    "Measured: per-kernel latencies of vLLM 0.24 on NVIDIA H200, from ai-dynamo/aiconfigurator @ 095f58a5 "
+    "(Apache-2.0): QKV, output and router projection, fused MoE (Triton, bfloat16), FlashAttention 3 in prefill and "
+    "decode, all-reduce. Modelled: norms, rotary embedding, top-k and sampling by memory bandwidth; lm_head scaled from "
+    "the widest product in the tables; number of activated experts under random routing; dispatch and combine of "
+    "expert parallelism as one all-reduce; host's share of a step; KV blocks."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How well a profile repeats the tables that it was built from.
+
+    Attributes:
+        fits: relative errors by term, and of whole decode and prefill steps against the plain sum of the tables.
+        skew: MoE cost under each power-law distribution of the tables over the profile's balanced cost: medians over
+            batches of up to ``SMALL_BATCH`` tokens and over larger ones, and the highest ratio.
+    """
+
+    fits: dict[str, FitQuality]
+    skew: dict[str, tuple[float, float, float]]
+
+    def lines(self) -> list[str]:
+        """Return the report as aligned lines, each starting with two spaces."""
+        rows = [f"  {name:<14} {quality}" for name, quality in self.fits.items()]
+        for name, (small, large, highest) in self.skew.items():
+            rows.append(
+                f"  {name:<14} MoE cost over balanced: median {small:.2f} up to {SMALL_BATCH} tokens, "
+                f"{large:.2f} above, highest {highest:.2f}"
+            )
+        return rows
+
+
+def build_profile(model_name: str, tables: Path, ranks: int = 1, gpu: Gpu = H200) -> tuple[Profile, Report]:
+    """Build the profile of one rank of a model.
+
+    Args:
+        model_name: a key of ``MODELS``.
+        tables: folder of the tables.
+        ranks: 1, or the number of expert-parallel ranks of a lockstep cluster with data-parallel attention.
+        gpu: the GPU that the tables were measured on.
+
+    Raises:
+        InputError: unknown model, tables that are missing or hold no rows of this shape, or no pyarrow.
+    """
+    if model_name not in MODELS:
+        raise InputError("--model", "", f"got {model_name!r}; {nearest(model_name, MODELS)}")
+    model = MODELS[model_name]
+    costs = KernelCosts(model, gpu, KernelTables(tables, gpu.tables), ranks)
+    rows = _relevant(costs.attention, model)
+    terms = np.stack([np.ones(len(rows.us)), rows.sequences, rows.tokens, rows.pairs, rows.context], axis=1)
+    attention = fit_relative(terms, rows.us)
+    floor, per_sequence, per_token, per_pair, per_context = model.layers * attention
+
+    tokens, projections = costs.projections
+    within = tokens <= DENSE_KNOTS[-1]
+    tokens, dense = tokens[within], (projections + costs.elementwise(tokens) + per_token * tokens)[within]
+    dense_us = _curve(tokens, dense, DENSE_KNOTS)
+    moe_tokens = np.union1d(costs.moe_measured("balanced")[0], MOE_KNOTS)
+    moe = costs.moe(moe_tokens)
+    moe_us = _curve(moe_tokens, moe, MOE_KNOTS)
+    communication_tokens = np.array(COMMUNICATION_KNOTS, dtype=np.float64)
+    communication = costs.communication(communication_tokens)
+    batch, lm_head = costs.lm_head
+    batch, lm_head = batch[batch <= MAX_NUM_SEQS], lm_head[batch <= MAX_NUM_SEQS]
+    head = fit_relative(np.stack([np.ones(len(batch)), batch], axis=1), lm_head)
+
+    step_time = StepTime(
+        fixed_us=significant(floor + head[0] + HOST_US),
+        per_sequence_us=significant(per_sequence + head[1] + costs.sampler_us_per_sequence),
+        dense_us=dense_us,
+        moe_us=moe_us,
+        moe_imbalance=1.0,
+        communication_us=_curve(communication_tokens, communication, COMMUNICATION_KNOTS) if ranks > 1 else None,
+        prefill_pair_us=significant(per_pair),
+        decode_context_us=significant(per_context),
+    )
+    fits = {
+        "projections": FitQuality.of(dense_us.at(tokens.astype(np.int64)), dense),
+        "MoE": FitQuality.of(moe_us.at(moe_tokens.astype(np.int64)), moe),
+        "attention": FitQuality.of(terms @ attention, rows.us),
+        "lm_head": FitQuality.of(head[0] + head[1] * batch, lm_head),
+    } | _whole_steps(costs, rows, step_time)
+    skew = {}
+    for name in ("power_law_1.01", "power_law_1.2"):
+        skewed_tokens, us = costs.moe_measured(name)
+        ratio = us / costs.moe(skewed_tokens)
+        small = skewed_tokens <= SMALL_BATCH
+        skew[name] = (float(np.median(ratio[small])), float(np.median(ratio[~small])), float(ratio.max()))
+    return _profile(model_name, model, gpu, ranks, step_time), Report(fits, skew)
+
+
+def _relevant(rows: AttentionRows, model: ModelShape) -> AttentionRows:
+    """Keep the batches that an engine with these limits can run, with prefill up to twice the token budget."""
+    keep = (rows.sequences <= MAX_NUM_SEQS) & (rows.tokens <= 2 * MAX_NUM_BATCHED_TOKENS)
+    keep &= rows.context <= rows.sequences * model.max_position_embeddings
+    return _select(rows, keep)
+
+
+def _select(rows: AttentionRows, keep: npt.NDArray[np.bool_]) -> AttentionRows:
+    return AttentionRows(**{field.name: getattr(rows, field.name)[keep] for field in fields(AttentionRows)})
+
+
+def _curve(tokens: FloatArray, us: FloatArray, knots: Sequence[int]) -> TokenCurve:
+    fitted = fit_curve(tokens, us, np.array(knots))
+    return TokenCurve(tokens=tuple(knots), us=tuple(significant(value) for value in fitted))
+
+
+def _whole_steps(costs: KernelCosts, rows: AttentionRows, time: StepTime) -> dict[str, FitQuality]:
+    """Compare the profile with the plain sum of the tables, for a step of each batch in the attention tables."""
+    rows = _select(rows, costs.ranks * rows.tokens <= MOE_KNOTS[-1])  # beyond it the MoE table ends
+    projections = np.interp(rows.tokens, *costs.projections) + costs.elementwise(rows.tokens)
+    moe, communication = costs.moe(costs.ranks * rows.tokens), costs.communication(rows.tokens)
+    head = np.interp(rows.sequences, *costs.lm_head) + costs.sampler_us_per_sequence * rows.sequences
+    summed = projections + moe + communication + costs.model.layers * rows.us + head + HOST_US
+
+    tokens = rows.tokens.astype(np.int64)
+    fitted = time.fixed_us + time.per_sequence_us * rows.sequences + time.dense_us.at(tokens)
+    fitted += time.prefill_pair_us * rows.pairs + time.decode_context_us * rows.context
+    if time.moe_us is not None:
+        fitted += time.moe_us.at(costs.ranks * tokens)
+    if time.communication_us is not None:
+        fitted += time.communication_us.at(tokens)
+    decode = rows.pairs == 0
+    return {
+        "decode steps": FitQuality.of(fitted[decode], summed[decode]),
+        "prefill steps": FitQuality.of(fitted[~decode], summed[~decode]),
+    }
+
+
+def _profile(model_name: str, model: ModelShape, gpu: Gpu, ranks: int, step_time: StepTime) -> Profile:
+    blocks = kv_blocks(
+        model,
+        gpu,
+        ranks=ranks,
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        max_num_seqs=MAX_NUM_SEQS,
+        utilization=GPU_MEMORY_UTILIZATION,
+    )
+    limits = EngineLimits(
+        block_size=BLOCK_SIZE,
+        num_blocks=blocks,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        max_model_len=model.max_position_embeddings,
+    )
+    layout = f"one of {ranks} expert-parallel ranks with data-parallel attention (lockstep)" if ranks > 1 else "one GPU"
+    return Profile(
+        name=f"{model_name}-{gpu.name.split()[-1].lower()}" + (f"-ep{ranks}" if ranks > 1 else ""),
+        description=f"{model.model}, bfloat16, on {gpu.name}, {layout}",
+        model=model.model,
+        hardware=gpu.name,
+        source=SOURCE,
+        engine=limits,
+        step_time=step_time,
+    )
+
+
+def header(profile: Profile, report: Report, command: str) -> list[str]:
+    """Return the comment at the top of the shipped file: origin, units, what is modelled, quality of the fit."""
+    return [
+        f"{profile.description}. Made by: {command}",
+        "",
+        "Times in microseconds, lengths in tokens. The formula of a step stands in the docstring of "
+        "servegym.envs.profiles.profile.StepTime; what is measured and what is modelled in `source` below and in "
+        "servegym.envs.profiles.kernel_costs. The tables are Copyright (c) NVIDIA CORPORATION & AFFILIATES, Apache-2.0.",
+        "",
+        "Relative errors of this profile against the tables; `decode steps` and `prefill steps` compare whole steps "
+        "with the plain sum of the kernels, for each batch in the attention tables within the engine's limits:",
+        *report.lines(),
+        "",
+        "moe_us holds equally likely experts, moe_imbalance is 1. The last two lines say what the tables' skewed loads "
+        "cost over that: below 1 for small batches, which activate fewer experts when skewed. A moe_imbalance of the "
+        "median for large batches stands for skewed traffic.",
+        "",
+        f"Engine limits: max_num_batched_tokens is vLLM 0.32's default for an API server on this GPU; max_num_seqs is "
+        f"{MAX_NUM_SEQS}, where 0.32 has 1024 for GPUs of 70 GiB and more; max_model_len is the model's own; "
+        f"num_blocks follows from {GPU_MEMORY_UTILIZATION}, vLLM 0.32's default, of the memory "
+        f"(servegym.envs.profiles.hardware.kv_blocks).",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script; returns the exit code: 0, or 2 on bad input with one line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m servegym.envs.profiles.kernel_tables", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--tables", type=Path, required=True, help="folder of aic_h200_vllm0.24_*_perf.parquet")
+    parser.add_argument("--model", default="qwen3-30b-a3b", help=f"one of: {', '.join(MODELS)}")
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks")
+    parser.add_argument("--out", type=Path, help="YAML file to write; default: stdout")
+    options = parser.parse_args(arguments)
+    try:
+        if options.ep < 1:
+            raise InputError("--ep", "", f"got {options.ep}; allowed: an integer of at least 1")
+        profile, report = build_profile(options.model, options.tables, options.ep)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    command = f"{parser.prog} --tables FOLDER --model {options.model} --ep {options.ep}"
+    text = render(profile, header(profile, report, command))
+    print(*report.lines(), sep="\n", file=sys.stderr)
+    if options.out is None:
+        print(text, end="")
+    else:
+        options.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
