@@ -185,6 +185,8 @@ def advance(cluster: Any, horizon: float, action: int) -> int:
                 continue  # a request that finished may have caused an earlier arrival
         elif not _advance_engines(s, limit):
             return ORDER
+        if limit == math.inf:
+            continue
         if horizon <= limit:
             s.now_s = max(s.now_s, horizon)
             return HORIZON
