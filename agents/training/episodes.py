@@ -103,14 +103,19 @@ class EpisodeVecEnv(DummyVecEnv):
         """Play the environments to positions that :meth:`positions` returned.
 
         Raises:
-            InputError: an episode ends early; the environment is not the one that the positions are from.
+            InputError: an episode takes another course; the environment is not the one that the positions are from.
         """
         for i, (index, actions) in enumerate(positions):
             observation = self._start(i, index)
             for action in actions:
-                observation, _, terminated, truncated, _ = self._step(i, action)
-                if terminated or truncated:
-                    raise InputError("checkpoint", f"episode {index} of environment {i}", "does not replay; has servegym changed?")
+                try:
+                    observation, _, terminated, truncated, _ = self._step(i, action)
+                    over = terminated or truncated
+                except ValueError:  # the action is not allowed
+                    over = True
+                if over:
+                    place = f"episode {index} of environment {i}"
+                    raise InputError("checkpoint", place, "does not replay; was it made by another version of servegym?")
             self._save_obs(i, observation)
         return self._observation()
 

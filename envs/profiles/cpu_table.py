@@ -10,14 +10,16 @@ off. One linear term each is fitted for the step, its sequences, its tokens, its
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from servegym.envs.profiles.document import render
+from servegym.envs.profiles.document import render, write
 from servegym.envs.profiles.fitting import FitQuality, fit_relative, significant
 from servegym.envs.profiles.profile import EngineLimits, Profile, StepTime, TokenCurve
+from servegym.errors import InputError
 
 DECODE_STEPS = (
     (1, 32, 5.95),
@@ -119,18 +121,18 @@ def header(profile: Profile, fits: dict[str, FitQuality]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the script; returns the exit code."""
+    """Run the script; returns the exit code: 0, or 2 if the file cannot be written."""
     parser = argparse.ArgumentParser(
         prog="python -m servegym.envs.profiles.cpu_table", description="Fit the profile of the CPU engine."
     )
     parser.add_argument("--out", type=Path, help="YAML file to write; default: stdout")
     options = parser.parse_args(arguments)
     profile, fits = build_profile()
-    text = render(profile, header(profile, fits))
-    if options.out is None:
-        print(text, end="")
-    else:
-        options.out.write_text(text, encoding="utf-8")
+    try:
+        write(render(profile, header(profile, fits)), options.out)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

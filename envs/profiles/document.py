@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 
 import yaml
 from pydantic import BaseModel
 
 from servegym.envs.profiles.profile import Profile, TokenCurve
+from servegym.errors import InputError
 
 WIDTH = 116
 
@@ -30,6 +33,21 @@ def render(profile: Profile, header: Iterable[str]) -> str:
     lines.append("")
     lines += _section(profile, "")
     return "\n".join(lines) + "\n"
+
+
+def write(text: str, out: Path | None) -> None:
+    """Write the text to a file, or to stdout without one.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if out is None:
+        sys.stdout.write(text)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(str(out), "", f"cannot be written: {error.strerror}") from None
 
 
 def _wrapped(text: str) -> list[str]:

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from servegym.envs.profiles.document import render
+from servegym.envs.profiles.document import render, write
 from servegym.envs.profiles.fitting import FitQuality, FloatArray, fit_curve, fit_relative, significant
 from servegym.envs.profiles.hardware import H200, MODELS, Gpu, ModelShape, kv_blocks
 from servegym.envs.profiles.kernel_costs import HOST_US, KernelCosts
@@ -51,8 +51,8 @@ GPU_MEMORY_UTILIZATION = 0.92
 SOURCE = (
     "Measured: per-kernel latencies of vLLM 0.24 on NVIDIA H200, from ai-dynamo/aiconfigurator @ 095f58a5 "
     "(Apache-2.0): QKV, output and router projection, fused MoE (Triton, bfloat16), FlashAttention 3 in prefill and "
-    "decode, all-reduce. Modelled: norms, rotary embedding, top-k and sampling by memory bandwidth; lm_head scaled from "
-    "the widest product in the tables; number of activated experts under random routing; dispatch and combine of "
+    "decode, all-reduce. Modelled: norms, rotary embedding, top-k and sampling by memory bandwidth; lm_head scaled "
+    "from the widest product in the tables; number of activated experts under random routing; dispatch and combine of "
     "expert parallelism as one all-reduce; host's share of a step; KV blocks."
 )
 
@@ -214,15 +214,16 @@ def header(profile: Profile, report: Report, command: str) -> list[str]:
         "",
         "Times in microseconds, lengths in tokens. The formula of a step stands in the docstring of "
         "servegym.envs.profiles.profile.StepTime; what is measured and what is modelled in `source` below and in "
-        "servegym.envs.profiles.kernel_costs. The tables are Copyright (c) NVIDIA CORPORATION & AFFILIATES, Apache-2.0.",
+        "servegym.envs.profiles.kernel_costs. The tables are Copyright (c) NVIDIA CORPORATION & AFFILIATES, "
+        "Apache-2.0.",
         "",
         "Relative errors of this profile against the tables; `decode steps` and `prefill steps` compare whole steps "
         "with the plain sum of the kernels, for each batch in the attention tables within the engine's limits:",
         *report.lines(),
         "",
         "moe_us holds equally likely experts, moe_imbalance is 1. The last two lines say what the tables' skewed loads "
-        "cost over that: below 1 for small batches, which activate fewer experts when skewed. A moe_imbalance of the "
-        "median for large batches stands for skewed traffic.",
+        "cost over that: as much for small batches, which load the weights of fewer experts when skewed, and more for "
+        "large ones, whose median is the moe_imbalance to set for skewed traffic.",
         "",
         f"Engine limits: max_num_batched_tokens is vLLM 0.32's default for an API server on this GPU; max_num_seqs is "
         f"{MAX_NUM_SEQS}, where 0.32 has 1024 for GPUs of 70 GiB and more; max_model_len is the model's own; "
@@ -245,16 +246,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.ep < 1:
             raise InputError("--ep", "", f"got {options.ep}; allowed: an integer of at least 1")
         profile, report = build_profile(options.model, options.tables, options.ep)
+        command = f"{parser.prog} --tables FOLDER --model {options.model} --ep {options.ep}"
+        write(render(profile, header(profile, report, command)), options.out)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    command = f"{parser.prog} --tables FOLDER --model {options.model} --ep {options.ep}"
-    text = render(profile, header(profile, report, command))
     print(*report.lines(), sep="\n", file=sys.stderr)
-    if options.out is None:
-        print(text, end="")
-    else:
-        options.out.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -113,7 +113,7 @@ class Memory:
             "engine_score_at": engine_score,
             "request_key_at": request_key,
         }
-        fields |= dict.fromkeys(("pending", "last_engine", "order_engine", "stranded"), NONE)
+        fields |= dict.fromkeys(("shown_snapshot", "pending", "last_engine", "order_engine", "stranded"), NONE)
         arrays: dict[str, npt.NDArray[Any]] = {
             "requests": self.requests,
             "engines": self.engines,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import carray
@@ -53,7 +54,7 @@ from servegym.envs.simulator.kernel.memory import (
 )
 from servegym.envs.simulator.kernel.queues import push_waiting
 from servegym.envs.simulator.kernel.scheduler import settle_integrals
-from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, State
+from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, Engine, State
 
 
 @jit
@@ -107,6 +108,24 @@ def _visible_snapshot(s: State, now: float) -> int:
 
 
 @jit
+def _fill_row(engine: Engine, sample: Any, row: Any) -> None:
+    """Write what does not depend on the request."""
+    engine.changed = 0
+    row[E_AVAILABLE] = engine.accepting
+    row[E_WAITING] = sample.waiting
+    row[E_RUNNING] = sample.running
+    row[E_KV_USAGE] = sample.kv_usage
+    row[E_INFLIGHT] = engine.inflight
+    row[E_INFLIGHT_PROMPT_TOKENS] = engine.inflight_prompt
+    row[E_PREFILL_REQUESTS] = engine.prefill_requests
+    row[E_PREFILL_TOKENS] = engine.prefill_tokens
+    row[E_TTFT_EWMA_S] = engine.ttft_ewma_s
+    row[E_ITL_EWMA_S] = engine.itl_ewma_s
+    row[E_DISPATCHED] = engine.dispatched
+    row[E_DISPATCHED_SINCE] = engine.dispatched - sample.dispatched
+
+
+@jit
 def fill_view(s: State, r: int, now: float) -> None:
     """Write what the router knows about each engine, for the dispatch of request ``r``; constants stand there already."""
     request = request_at(s.requests_at, r)
@@ -120,15 +139,9 @@ def fill_view(s: State, r: int, now: float) -> None:
             _measure(s, e, now, 0)
         engine, row = engine_at(s.engines_at, e), view[e]
         sample = telemetry_at(s.telemetry_at, slot * s.engine_count + e)
-        row[E_AVAILABLE] = engine.accepting
-        row[E_WAITING] = sample.waiting
-        row[E_RUNNING] = sample.running
-        row[E_KV_USAGE] = sample.kv_usage
+        if live or engine.changed or slot != s.shown_snapshot:
+            _fill_row(engine, sample, row)
         row[E_TELEMETRY_AGE_S] = now - sample.time_s
-        row[E_INFLIGHT] = engine.inflight
-        row[E_INFLIGHT_PROMPT_TOKENS] = engine.inflight_prompt
-        row[E_PREFILL_REQUESTS] = engine.prefill_requests
-        row[E_PREFILL_TOKENS] = engine.prefill_tokens
         hit = 0
         if engine.prefix_caching:
             if e == session_home:
@@ -138,10 +151,7 @@ def fill_view(s: State, r: int, now: float) -> None:
         row[E_HIT_TOKENS] = min(hit, request.prompt - 1)
         row[E_USER_HOME] = e == user_home
         row[E_SESSION_HOME] = e == session_home
-        row[E_TTFT_EWMA_S] = engine.ttft_ewma_s
-        row[E_ITL_EWMA_S] = engine.itl_ewma_s
-        row[E_DISPATCHED] = engine.dispatched
-        row[E_DISPATCHED_SINCE] = engine.dispatched - sample.dispatched
+    s.shown_snapshot = slot
     row = carray(floats(s.request_row_at), (REQUEST_COLUMNS,))
     row[R_NOW_S] = now
     row[R_ARRIVAL_S] = request.arrival_s

@@ -143,7 +143,9 @@ def resume(cluster: Any, e: int, now: float) -> None:
 @jit
 def leave(cluster: Any, e: int) -> None:
     """Take no new requests; those that it has are finished."""
-    engine_at(cluster[0].engines_at, e).accepting = 0
+    engine = engine_at(cluster[0].engines_at, e)
+    engine.accepting = 0
+    engine.changed = 1
 
 
 @jit
@@ -152,5 +154,5 @@ def join(cluster: Any, e: int, now: float) -> None:
     s = cluster[0]
     engine = engine_at(s.engines_at, e)
     if engine.alive:
-        engine.accepting = 1
+        engine.accepting = engine.changed = 1
         rescue(s, now)

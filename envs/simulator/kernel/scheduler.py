@@ -59,7 +59,8 @@ def _phase(s: State, engine: Engine, r: int) -> int:
 
 @jit
 def settle_integrals(engine: Engine, now: float) -> None:
-    """Extend the engine's reward integrals to ``now``; called before each change of what they integrate."""
+    """Extend the engine's reward integrals to ``now``; called before each change of the router's counters."""
+    engine.changed = 1
     span = now - engine.integral_s
     engine.integral_prefill += span * engine.prefill_requests
     engine.integral_inflight += span * engine.inflight

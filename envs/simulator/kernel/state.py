@@ -79,6 +79,7 @@ ENGINE = np.dtype(
         ("hung", "i8"),
         ("hung_s", "f8"),  # what was left of the running step when the engine hung
         ("reporting", "i8"),
+        ("changed", "i8"),  # the router's counters have changed since they were last shown
         # The router's exact counters.
         ("inflight", "i8"),
         ("inflight_prompt", "i8"),
@@ -176,6 +177,7 @@ CLUSTER = np.dtype(
         ("telemetry_period_s", "f8"),
         ("telemetry_lag_s", "f8"),
         ("telemetry_count", "i8"),
+        ("shown_snapshot", "i8"),  # slot of the snapshot that the view shows
         ("order_engine", "i8"),
         ("stranded", "i8"),  # head of the list of requests that found no engine
         ("oracle", "i8"),  # the request policy is granted true output lengths

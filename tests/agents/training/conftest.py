@@ -53,7 +53,8 @@ class UnequalServers(gym.Env):
         return self._observe(), {}
 
     def step(self, action):
-        assert self._mask[action]
+        if not self._mask[action]:
+            raise ValueError(f"server {action} is down")
         ttft = self._serve(int(action))
         self.ttfts.append(ttft)
         elapsed = float(self.gaps[self.now])
