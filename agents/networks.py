@@ -27,15 +27,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from servegym.agents.training.config import Prior
+from servegym.agents.priors import PRIORS, Prior
 from servegym.baselines.features import ENGINE_FEATURE_NAMES, REQUEST_FEATURE_NAMES
-
-# The heuristic's key as a linear function of engine features; lower is better.
-PRIORS: dict[Prior, dict[str, float]] = {
-    "lmetric": {"log_prefill_work": 1.0, "log_batch": 1.0},
-    "least_requests": {"log_batch": 1.0},
-    "none": {},
-}
 
 MASKED_LOGIT = -1e8  # as in sb3-contrib: probability zero, yet finite
 
@@ -85,7 +78,7 @@ class DispatchActor(nn.Module):
         """Make the network a softmax of a heuristic: ``logit = -scale * key``, and no residual.
 
         Args:
-            prior: name in :data:`PRIORS`.
+            prior: name in :data:`servegym.agents.priors.PRIORS`.
             scale: inverse temperature; a larger one explores less.
         """
         self.head.weight.zero_()
@@ -154,7 +147,7 @@ class _SetPolicy:
 
     def __init__(self, *args: Any, width: int, prior: Prior, prior_scale: float, **kwargs: Any) -> None:
         self._network = (width, prior, prior_scale)  # `super().__init__` builds the network
-        super().__init__(*args, features_extractor_class=_Observation, **kwargs)
+        super().__init__(*args, features_extractor_class=_Observation, **kwargs)  # type: ignore[call-arg]
 
     @property
     def actor(self) -> DispatchActor:

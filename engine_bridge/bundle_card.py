@@ -13,8 +13,8 @@ def model_card(manifest: Manifest) -> str:
     widths = manifest.widths
     return f"""# Dispatch policy `{training.run}`
 
-Decides which engine of a cluster gets an arriving request. It scores every engine with the same weights, so that it serves
-any number of them, and needs numpy only.
+Decides which engine of a cluster gets an arriving request. It scores every engine with the same weights, so that it
+serves any number of them, and needs numpy only.
 
     servegym evaluate ... --policy engine=PATH_OF_THIS_FOLDER
 
@@ -27,8 +27,9 @@ scores = policy.score(request, engines)   # lower is better, infinity = not allo
 | | |
 |---|---|
 | level | {manifest.layer} |
-| architecture | {manifest.architecture}: {widths.engine_features} engine features, {widths.request_features} request features, \
-{widths.hidden} hidden units |
+| architecture | {manifest.architecture} |
+| inputs | {widths.engine_features} engine features, {widths.request_features} request features |
+| hidden units | {widths.hidden} |
 | trained in | {training.environment}, {training.steps:,} decisions, seed {training.seed} |
 | training config | sha256 `{training.config_sha256}` |
 | weights | sha256 `{manifest.weights_sha256}` |
@@ -48,6 +49,6 @@ Engine features: {", ".join(manifest.engine_features)}.
 
 Request features: {", ".join(manifest.request_features)}.
 
-The features have fixed scales (`servegym.baselines.features`). A loader refuses the bundle where it computes other features
-or does not reproduce the {len(manifest.golden)} golden decisions in `policy.json`.
+The features have fixed scales (`servegym.baselines.features`). A loader refuses the bundle where it computes other
+features or does not reproduce the {len(manifest.golden)} golden decisions in `policy.json`.
 """

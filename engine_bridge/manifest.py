@@ -11,7 +11,10 @@ from servegym.baselines import interface
 from servegym.baselines.interface import ENGINE_COLUMNS, REQUEST_COLUMNS, FloatArray
 from servegym.configuration import Config
 
-SCHEMA_VERSION = 1
+MANIFEST = "policy.json"
+WEIGHTS = "policy.safetensors"
+CARD = "README.md"
+
 GOLDEN_PAIRS = 16
 
 Size = Annotated[int, Field(ge=1)]
@@ -57,8 +60,8 @@ class Provenance(Config):
 class GoldenPair(Config):
     """A decision and the logits that torch gave: a runtime that cannot reproduce it must not serve.
 
-    The decision is written as what the router sees, column by column, so that a changed feature or a changed runtime both
-    show.
+    The decision is written as what the router sees, column by column, so that a changed feature shows as well as a
+    changed runtime.
     """
 
     request: dict[str, float]

@@ -7,9 +7,11 @@ shapes from there. Both forms here compute the same scores as torch to about 1e-
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from servegym.baselines.features import Float32Array, fill_dispatch_features
 from servegym.baselines.heuristic import TURN
@@ -107,48 +109,43 @@ def compiled_scores(request: FloatArray, engines: FloatArray, params: FloatArray
     head_at = pooled_at + 2 * width * width
     prior_at = head_at + width
 
-    # Loops run over the outputs innermost, which the compiler turns into vector instructions.
     shared = params[bias_at:request_at].copy()
-    for k in range(context):
-        for j in range(width):
-            shared[j] += request_features[k] * params[request_at + k * width + j]
+    _add_product(request_features, params, request_at, shared)
     hidden = np.zeros((count, width))
     pooled = np.zeros(2 * width)
     present = 0
     for i in range(count):
-        if engines[i, E_AVAILABLE] <= 0.0:
-            continue
-        present += 1
-        row = hidden[i]
-        for j in range(width):
-            row[j] = shared[j]
-        for k in range(inputs):
+        if engines[i, E_AVAILABLE] > 0.0:
+            present += 1
+            hidden[i] = shared
+            _add_product(features[i], params, engine_at, hidden[i])
             for j in range(width):
-                row[j] += features[i, k] * params[engine_at + k * width + j]
-        for j in range(width):
-            row[j] = max(row[j], 0.0)
-            pooled[j] += row[j]
-            pooled[width + j] = max(pooled[width + j], row[j])
-    for j in range(width):
-        pooled[j] /= max(present, 1)
+                hidden[i, j] = max(hidden[i, j], 0.0)
+                pooled[j] += hidden[i, j]
+                pooled[width + j] = max(pooled[width + j], hidden[i, j])
+    pooled[:width] /= max(present, 1)
 
     shared[:] = params[item_bias_at:pooled_at]
-    for k in range(2 * width):
-        for j in range(width):
-            shared[j] += pooled[k] * params[pooled_at + k * width + j]
+    _add_product(pooled, params, pooled_at, shared)
     scored = np.empty(width)
+    logit = np.empty(1)
     first = int(request[R_LAST_ENGINE]) + 1
     for i in range(count):
-        if engines[i, E_AVAILABLE] <= 0.0:
+        if engines[i, E_AVAILABLE] > 0.0:
+            scored[:] = shared
+            _add_product(hidden[i], params, item_at, scored)
+            logit[0] = 0.0
+            _add_product(np.maximum(scored, 0.0), params, head_at, logit)
+            _add_product(features[i], params, prior_at, logit)
+            out[i] = TURN * ((i - first) % count) - logit[0]
+        else:
             out[i] = np.inf
-            continue
-        scored[:] = shared
-        for k in range(width):
-            for j in range(width):
-                scored[j] += hidden[i, k] * params[item_at + k * width + j]
-        logit = 0.0
-        for j in range(width):
-            logit += max(scored[j], 0.0) * params[head_at + j]
-        for k in range(inputs):
-            logit += features[i, k] * params[prior_at + k]
-        out[i] = TURN * ((i - first) % count) - logit
+
+
+@njit(cache=True)
+def _add_product(vector: npt.NDArray[Any], params: FloatArray, at: int, out: FloatArray) -> None:
+    """Add ``vector @ matrix`` to ``out``, where the matrix stands row by row from ``params[at]`` on."""
+    width = len(out)
+    for k in range(len(vector)):
+        for j in range(width):  # outputs innermost: the compiler makes vector instructions of it
+            out[j] += vector[k] * params[at + k * width + j]

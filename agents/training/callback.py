@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from servegym.agents.networks import DispatchActor
-from servegym.agents.runs import RunFolder, package_versions
+from servegym.agents.runs import RunFolder
 from servegym.agents.training import checkpoint
 from servegym.agents.training.config import TrainConfig
-from servegym.agents.training.episodes import EpisodeVecEnv
+from servegym.agents.training.episodes import EpisodeVecEnv, Observation
 from servegym.agents.training.export import actor_weights, torch_logits
 from servegym.agents.training.progress import TrainingProgress
 from servegym.agents.training.validation import objective, run_episode, summarise
-from servegym.engine_bridge.bundle import write_bundle
+from servegym.agents.versions import package_versions
+from servegym.engine_bridge.bundle_writer import write_bundle
 from servegym.engine_bridge.manifest import Provenance
 from servegym.engine_bridge.set_scorer import SetScorer
 
@@ -66,8 +70,7 @@ class TrainingCallback(BaseCallback):
     @property
     def actor(self) -> DispatchActor:
         """The network that is trained."""
-        actor: DispatchActor = self.model.policy.actor
-        return actor
+        return cast(DispatchActor, self.model.policy.actor)
 
     def _on_rollout_start(self) -> None:
         fresh = self.num_timesteps != self._resumed_at  # a checkpoint comes after all else that belongs to its step
@@ -121,7 +124,7 @@ class TrainingCallback(BaseCallback):
             self.logger.record(f"evaluation/{name}", value)
         self._last_ratio = means.get("ttft_s_ratio", self._last_ratio)
 
-    def _write_bundle(self, folder: Any, means: dict[str, float]) -> None:
+    def _write_bundle(self, folder: Path, means: dict[str, float]) -> None:
         training = Provenance(
             run=self._config.name,
             config_sha256=self._config.sha256(),
@@ -133,9 +136,9 @@ class TrainingCallback(BaseCallback):
         write_bundle(folder, actor_weights(self.actor), torch_logits(self.actor), training, package_versions())
 
     def _on_rollout_end(self) -> None:
-        buffer = self.model.rollout_buffer
-        engines = int(self.model.action_space.n)
-        share = np.bincount(buffer.actions.astype(np.int64).ravel(), minlength=engines) / buffer.actions.size
+        buffer = cast(OnPolicyAlgorithm, self.model).rollout_buffer
+        slots = cast(spaces.Discrete, self.model.action_space).n
+        share = np.bincount(buffer.actions.astype(np.int64).ravel(), minlength=int(slots)) / buffer.actions.size
         for engine, part in enumerate(share):
             self.logger.record(f"policy/share_engine_{engine:02d}", float(part))
         self.logger.record("policy/entropy", self._entropy())
@@ -153,7 +156,7 @@ class TrainingCallback(BaseCallback):
     @torch.no_grad()
     def _entropy(self) -> float:
         """Return the mean entropy of the actions' distributions at the environments' present observations, nats."""
-        observation = {key: torch.as_tensor(value) for key, value in self.model._last_obs.items()}
-        actor = self.actor
-        logits = actor(observation["engines"], observation["request"], observation["mask"].float())
-        return float(torch.distributions.Categorical(logits=logits).entropy().mean())
+        observation = cast(Observation, self.model._last_obs)
+        inputs = (torch.as_tensor(observation[key]).float() for key in ("engines", "request", "mask"))
+        log_chance = torch.log_softmax(self.actor(*inputs), dim=-1)
+        return -float((log_chance.exp() * log_chance).sum(-1).mean())

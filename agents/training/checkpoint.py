@@ -27,14 +27,13 @@ def capture(model: Any, envs: EpisodeVecEnv, best_objective: float) -> dict[str,
         envs: its environments.
         best_objective: of the evaluations so far; infinity before the first.
     """
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    # Stable-Baselines3 shuffles its batches with numpy's global generator.
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     python_version, python_keys, python_gauss = random.getstate()
-    starts = model._last_episode_starts
     return {
         "format": FORMAT,
         "steps": model.num_timesteps,
         "updates": model._n_updates,
-        "progress_remaining": model._current_progress_remaining,
         "best_objective": best_objective,
         "policy": {key: value.clone() for key, value in model.policy.state_dict().items()},
         "optimizer": copy.deepcopy(model.policy.optimizer.state_dict()),
@@ -42,7 +41,7 @@ def capture(model: Any, envs: EpisodeVecEnv, best_objective: float) -> dict[str,
         "numpy_rng": [name, [int(key) for key in keys], position, has_gauss, cached],
         "python_rng": [python_version, list(python_keys), python_gauss],
         "episodes": envs.positions(),
-        "episode_starts": None if starts is None else [bool(start) for start in starts],
+        "episode_starts": [bool(start) for start in model._last_episode_starts],
     }
 
 
@@ -76,16 +75,16 @@ def restore(model: Any, envs: EpisodeVecEnv, state: dict[str, Any], source: Path
         model.policy.load_state_dict(state["policy"])
         model.policy.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise InputError(str(source), "policy", f"does not fit the config: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(
+            str(source), "policy", f"does not fit the config: {' '.join(str(error).split())[:200]}"
+        ) from None
     model.num_timesteps = state["steps"]
     model._n_updates = state["updates"]
-    model._current_progress_remaining = state["progress_remaining"]
-    if state["episode_starts"] is not None:
-        model._last_obs = envs.restore(state["episodes"])
-        model._last_episode_starts = np.array(state["episode_starts"], dtype=bool)
+    model._last_obs = envs.restore(state["episodes"])
+    model._last_episode_starts = np.array(state["episode_starts"], dtype=bool)
     # Last, as the environments may draw from the global generators while they replay.
     name, keys, position, has_gauss, cached = state["numpy_rng"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
     python_version, python_keys, python_gauss = state["python_rng"]
     random.setstate((python_version, tuple(python_keys), python_gauss))
     torch.set_rng_state(state["torch_rng"])

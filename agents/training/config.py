@@ -6,8 +6,9 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from servegym.agents.priors import Prior
 from servegym.configuration import Config, validate
 from servegym.envs.engine_dispatch import EngineDispatchConfig
 
@@ -15,14 +16,13 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Prior = Literal["lmetric", "least_requests", "none"]
 
 
 class AlgorithmConfig(Config):
     """PPO, plain or with invalid-action masking, from Stable-Baselines3 and sb3-contrib.
 
-    The sizes are chosen for an environment of some ten microseconds a step: many environments and large batches learn ten
-    times as many steps per second as the libraries' defaults.
+    The sizes are chosen for an environment of some ten microseconds a step: many environments and large batches learn
+    ten times as many steps per second as the libraries' defaults.
     """
 
     name: Literal["MaskablePPO", "PPO"] = "MaskablePPO"
@@ -48,14 +48,13 @@ class AlgorithmConfig(Config):
     )
     target_kl: Positive | None = Field(default=0.03, description="ends an update's passes at 1.5 times this divergence")
 
-    @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
-        collected = self.n_envs * self.n_steps
-        if collected % self.batch_size:
-            raise ValueError(
-                f"n_envs * n_steps = {collected} as a multiple of batch_size, got batch_size {self.batch_size}"
-            )
-        return self
+    @field_validator("batch_size")
+    @classmethod
+    def _batches_are_equal(cls, size: int, info: ValidationInfo) -> int:
+        collected = info.data.get("n_envs", size) * info.data.get("n_steps", 1)
+        if collected % size:
+            raise ValueError(f"a divisor of n_envs * n_steps = {collected}")
+        return size
 
 
 class NetworkConfig(Config):
@@ -64,7 +63,8 @@ class NetworkConfig(Config):
     width: Count = Field(default=32, description="units of each hidden layer")
     prior: Prior = Field(default="lmetric", description="the heuristic that the untrained policy is a softmax of")
     prior_scale: Positive = Field(
-        default=4.0, description="inverse temperature of that softmax: larger explores less, starts closer to the heuristic"
+        default=4.0,
+        description="inverse temperature of that softmax: larger explores less, starts closer to the heuristic",
     )
 
 
@@ -80,8 +80,8 @@ class EvaluationConfig(Config):
     objective: dict[str, float] = Field(
         default_factory=lambda: {"ttft_s": 1.0, "tpot_s": 1.0},
         description=(
-            "the best policy has the lowest sum of weight * metric / reference metric, averaged over the seeds (plain metrics"
-            " where the environment names no reference)"
+            "the best policy has the lowest sum of weight * metric / reference metric, averaged over the seeds (plain"
+            " metrics where the environment names no reference)"
         ),
     )
 
@@ -93,7 +93,9 @@ class TrainConfig(Config):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     total_steps: Count = Field(description="decisions; rounded up to whole rollouts of n_envs * n_steps")
     checkpoint_every_steps: Count = 250_000
-    torch_threads: Count = Field(default=1, description="more rarely helps networks this small, and hurts on shared cores")
+    torch_threads: Count = Field(
+        default=1, description="more rarely helps networks this small, and hurts on shared cores"
+    )
     algorithm: AlgorithmConfig = AlgorithmConfig()
     network: NetworkConfig = NetworkConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

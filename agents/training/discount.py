@@ -20,7 +20,7 @@ class _TimedAdvantages:
         A_t     = delta_t + exp(-rate dt_t) lambda A_t+1
 
     Args:
-        elapsed_s: seconds that the last step took, shape (environments,); the vectorised environment updates it in place.
+        elapsed_s: seconds that the last step took, shape (environments,); the environments update it in place.
         discount_rate_per_s: the rate.
     """
 

@@ -1,4 +1,4 @@
-"""The environments of a training run, in one process, such that a run can stop and go on in the middle of its episodes."""
+"""The environments of a training run, in one process, so that it can stop and go on in the middle of its episodes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class _Running:
 class EpisodeVecEnv(DummyVecEnv):
     """Steps several environments and remembers how each came to where it is.
 
-    Episode ``k`` of environment ``i`` is seeded by ``(seed, i, k)``, so that an episode is determined by its index and its
-    actions. That is all that a checkpoint needs: :meth:`restore` plays the actions again (tens of microseconds each), and
-    training goes on exactly as if it had never stopped.
+    Episode ``k`` of environment ``i`` is seeded by ``(seed, i, k)``, so that an episode is determined by its index and
+    its actions. That is all that a checkpoint needs: :meth:`restore` plays the actions again (tens of microseconds
+    each), and training goes on exactly as if it had never stopped.
 
     Args:
         make: returns a new environment; its ``info`` carries ``elapsed_s`` at every step, and ``metrics`` (maybe also
@@ -115,13 +115,16 @@ class EpisodeVecEnv(DummyVecEnv):
                     over = True
                 if over:
                     place = f"episode {index} of environment {i}"
-                    raise InputError("checkpoint", place, "does not replay; was it made by another version of servegym?")
+                    raise InputError(
+                        "checkpoint", place, "does not replay; was it made by another version of servegym?"
+                    )
             self._save_obs(i, observation)
         return self._observation()
 
     def _start(self, i: int, index: int) -> Observation:
         self._running[i] = _Running(index)
         source = np.random.SeedSequence(self._run_seed, spawn_key=(i, index))
+        observation: Observation
         observation, self.reset_infos[i] = self.envs[i].reset(seed=int(source.generate_state(1)[0]))
         return observation
 

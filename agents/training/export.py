@@ -24,7 +24,9 @@ def torch_logits(
 
     def logits(engines: Float32Array, request: Float32Array, available: npt.NDArray[np.bool_]) -> Float32Array:
         with torch.no_grad():
-            inputs = (torch.from_numpy(np.asarray(array, dtype=np.float32))[None] for array in (engines, request, available))
+            inputs = (
+                torch.from_numpy(np.asarray(array, dtype=np.float32))[None] for array in (engines, request, available)
+            )
             answer: Float32Array = actor(*inputs)[0].numpy()
         return answer
 

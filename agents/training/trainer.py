@@ -13,17 +13,14 @@ from typing import Any
 
 import gymnasium as gym
 import torch
-from sb3_contrib import MaskablePPO
-from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 from torch.utils.tensorboard import SummaryWriter
 
-from servegym.agents.networks import DispatchPolicy, MaskableDispatchPolicy
 from servegym.agents.runs import RunFolder, write_json
 from servegym.agents.training import checkpoint
+from servegym.agents.training.algorithms import make_model
 from servegym.agents.training.callback import TrainingCallback
 from servegym.agents.training.config import TrainConfig
-from servegym.agents.training.discount import MaskableTimedRolloutBuffer, TimedRolloutBuffer
 from servegym.agents.training.episodes import EpisodeVecEnv
 from servegym.agents.training.progress import TrainingProgress
 from servegym.agents.training.scalars import TensorBoardScalars
@@ -32,10 +29,6 @@ from servegym.configuration import load_mapping, validate
 from servegym.envs.engine_dispatch import EngineDispatchConfig, EngineDispatchEnv
 from servegym.errors import InputError
 
-_ALGORITHMS: dict[str, tuple[type[Any], type[Any], type[Any]]] = {
-    "MaskablePPO": (MaskablePPO, MaskableDispatchPolicy, MaskableTimedRolloutBuffer),
-    "PPO": (PPO, DispatchPolicy, TimedRolloutBuffer),
-}
 # What may differ between a run and its continuation; anything else would make it another run.
 _MAY_CHANGE = {"total_steps", "checkpoint_every_steps", "evaluation", "torch_threads"}
 
@@ -117,7 +110,7 @@ def _run(
     resumed: bool,
     show: bool,
 ) -> TrainResult:
-    model = _model(config, envs)
+    model = make_model(config, envs)
     best, start = math.inf, -1
     if resumed:
         path = run.newest_checkpoint()
@@ -155,39 +148,15 @@ def _result(run: RunFolder) -> TrainResult:
     return TrainResult(run.path, run.policy, **json.loads(run.done.read_text(encoding="utf-8")))
 
 
-def _model(config: TrainConfig, envs: EpisodeVecEnv) -> Any:
-    settings, network = config.algorithm, config.network
-    algorithm, policy, buffer = _ALGORITHMS[settings.name]
-    rate = settings.learning_rate
-    return algorithm(
-        policy,
-        envs,
-        n_steps=settings.n_steps,
-        batch_size=settings.batch_size,
-        n_epochs=settings.n_epochs,
-        learning_rate=rate if settings.learning_rate_schedule == "constant" else lambda left: rate * max(left, 0.0),
-        clip_range=settings.clip_range,
-        ent_coef=settings.ent_coef,
-        vf_coef=settings.vf_coef,
-        max_grad_norm=settings.max_grad_norm,
-        target_kl=settings.target_kl,
-        gamma=1.0,  # the buffer discounts per second
-        gae_lambda=settings.gae_lambda,
-        rollout_buffer_class=buffer,
-        rollout_buffer_kwargs={"elapsed_s": envs.elapsed_s, "discount_rate_per_s": settings.discount_rate_per_s},
-        policy_kwargs=network.model_dump(),
-        seed=config.seed,
-        device="cpu",  # networks this small are slower on a GPU
-    )
-
-
 def _check_spaces(env: gym.Env[Any, Any]) -> None:
     """Raise ValueError unless the spaces are those of EngineDispatch."""
     slots = getattr(env.action_space, "n", None)
     expected = {"engines": (slots, len(ENGINE_FEATURES)), "request": (len(REQUEST_FEATURES),), "mask": (slots,)}
     parts = getattr(env.observation_space, "spaces", {})
     if {key: part.shape for key, part in parts.items()} != expected:
-        raise ValueError(f"the observation has the parts {parts}; needed: shapes {expected}, slots as in Discrete(slots)")
+        raise ValueError(
+            f"the observation has the parts {parts}; needed: shapes {expected}, slots as in Discrete(slots)"
+        )
 
 
 def _continuation(config: TrainConfig | None, run: RunFolder) -> TrainConfig:
@@ -196,5 +165,7 @@ def _continuation(config: TrainConfig | None, run: RunFolder) -> TrainConfig:
         return own
     for name in type(own).model_fields:
         if name not in _MAY_CHANGE and getattr(own, name) != getattr(config, name):
-            raise InputError(str(run.config), name, f"differs from the config given; only {', '.join(sorted(_MAY_CHANGE))} may")
+            raise InputError(
+                str(run.config), name, f"differs from the config given; only {', '.join(sorted(_MAY_CHANGE))} may"
+            )
     return config

@@ -62,7 +62,9 @@ def objective(means: Mapping[str, float], weights: Mapping[str, float]) -> float
         value = means.get(f"{name}_ratio", means.get(name))
         if value is None:
             known = ", ".join(metric for metric in METRICS if metric in means)
-            raise InputError("config", f"evaluation.objective.{name}", f"not a metric of the environment; known: {known}")
+            raise InputError(
+                "config", f"evaluation.objective.{name}", f"not a metric of the environment; known: {known}"
+            )
         total += weight * value
     return total
 

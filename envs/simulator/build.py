@@ -22,7 +22,7 @@ from servegym.baselines.interface import (
 from servegym.envs.profiles.profile import EngineLimits, StepCost
 from servegym.envs.simulator.config import EngineSpec, Telemetry
 from servegym.envs.simulator.kernel.blocks import reset_pools
-from servegym.envs.simulator.kernel.scheduler import NEVER
+from servegym.envs.simulator.kernel.progress import NEVER
 from servegym.envs.simulator.kernel.state import BLOCK, CLUSTER, ENGINE, NONE, PENDING, REQUEST, TELEMETRY
 from servegym.envs.workloads.table import RequestTable
 from servegym.errors import InputError

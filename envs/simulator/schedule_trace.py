@@ -13,7 +13,7 @@ from servegym.envs.profiles.profile import EngineLimits, Profile, StepTime, Toke
 from servegym.envs.simulator.build import Memory
 from servegym.envs.simulator.config import EngineSpec, Telemetry
 from servegym.envs.simulator.kernel import single
-from servegym.envs.simulator.kernel.state import ORDER_FCFS, ORDER_PRIORITY, STEP_DECODE
+from servegym.envs.simulator.kernel.state import ORDER_FCFS, ORDER_PRIORITY, STEP_STEADY
 from servegym.envs.workloads.table import RequestTable
 
 Token = Annotated[int, Field(ge=0)]
@@ -87,7 +87,9 @@ def schedule_trace(spec: ScheduleSpec, source: str = "spec") -> Iterator[dict[st
         busy = single.begin(memory.cluster, float(step)) >= 0
         if busy:
             count = int(engine["running"])
-            tokens = np.ones(count, dtype=np.int32) if engine["activity"] == STEP_DECODE else scheduled[:count]
+            tokens = scheduled[:count].copy()
+            if engine["activity"] == STEP_STEADY:
+                tokens[: int(engine["decoding"])] = 1
             line["scheduled"] = {
                 names[r]: int(chunk) for r, chunk in zip(running[:count], tokens, strict=True) if chunk > 0
             }

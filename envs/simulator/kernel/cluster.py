@@ -18,14 +18,9 @@ from servegym.envs.simulator.kernel.arrivals import next_arrival_s, pop_arrival
 from servegym.envs.simulator.kernel.dispatch import choose, fill_view, hand_over, strand, take_telemetry
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import engine_at, floats
-from servegym.envs.simulator.kernel.scheduler import (
-    NEEDS_ORDER,
-    NOTHING_TO_DO,
-    begin_step,
-    finish_step,
-    settle_integrals,
-)
-from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, STEP_DECODE, State
+from servegym.envs.simulator.kernel.progress import settle_integrals
+from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, STEP_STEADY, State
+from servegym.envs.simulator.kernel.step import NEEDS_ORDER, NOTHING_TO_DO, begin_step, finish_step
 
 # Why `advance` returned.
 DONE, HORIZON, DISPATCH, ORDER = range(4)
@@ -37,7 +32,7 @@ def _advance_engine(s: State, e: int, limit: float) -> bool:
     engine = engine_at(s.engines_at, e)
     while engine.event_s < limit:
         now = engine.event_s
-        if engine.activity >= STEP_DECODE:
+        if engine.activity >= STEP_STEADY:
             finish_step(s, engine, now)
             engine.activity = READY
         duration = begin_step(s, engine, now)
@@ -65,7 +60,7 @@ def _advance_lockstep(s: State, limit: float) -> bool:
         if s.stepping == 1:
             for e in range(count):
                 engine = engine_at(s.engines_at, e)
-                if engine.activity >= STEP_DECODE:
+                if engine.activity >= STEP_STEADY:
                     finish_step(s, engine, now)
                     engine.activity = READY
             s.stepping = 2
@@ -81,7 +76,7 @@ def _advance_lockstep(s: State, limit: float) -> bool:
                     return False
                 if duration == NOTHING_TO_DO:
                     engine.activity = IDLE
-            if engine.activity >= STEP_DECODE:
+            if engine.activity >= STEP_STEADY:
                 working += 1
                 tokens += engine.step_tokens
                 slowest = max(slowest, engine.step_local_s * engine.slowdown)
@@ -97,7 +92,7 @@ def _advance_lockstep(s: State, limit: float) -> bool:
         s.stepping = 1
         s.step_s = now + duration
         for e in range(count):
-            if engine_at(s.engines_at, e).activity >= STEP_DECODE:
+            if engine_at(s.engines_at, e).activity >= STEP_STEADY:
                 engine_at(s.engines_at, e).busy_s += duration
                 engine_at(s.engines_at, e).event_s = s.step_s
     return True

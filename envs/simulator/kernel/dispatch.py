@@ -53,7 +53,7 @@ from servegym.envs.simulator.kernel.memory import (
     telemetry_at,
 )
 from servegym.envs.simulator.kernel.queues import push_waiting
-from servegym.envs.simulator.kernel.scheduler import settle_integrals
+from servegym.envs.simulator.kernel.progress import settle_integrals
 from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, Engine, State
 
 

@@ -10,7 +10,7 @@ from servegym.envs.simulator.kernel.blocks import reset_pool
 from servegym.envs.simulator.kernel.dispatch import rescue
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import engine_at, ints, request_at
-from servegym.envs.simulator.kernel.scheduler import NEVER, settle_integrals
+from servegym.envs.simulator.kernel.progress import NEVER, settle_integrals
 from servegym.envs.simulator.kernel.state import (
     DECODE,
     IDLE,

@@ -7,8 +7,8 @@ from typing import Any
 from servegym.envs.simulator.kernel.dispatch import hand_over
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import engine_at
-from servegym.envs.simulator.kernel.scheduler import begin_step, finish_step
 from servegym.envs.simulator.kernel.state import IDLE
+from servegym.envs.simulator.kernel.step import begin_step, finish_step
 
 
 @jit

@@ -19,8 +19,8 @@ PENDING, WAITING, PREFILL, DECODE, FINISHED = range(5)
 # Order of a waiting queue.
 ORDER_FCFS, ORDER_PRIORITY, ORDER_STATIC, ORDER_DYNAMIC, ORDER_EXTERNAL = range(5)
 
-# What an engine is doing: nothing, about to schedule, a step of decodes only, any other step.
-IDLE, READY, STEP_DECODE, STEP_MIXED = range(4)
+# What an engine is doing: nothing, about to schedule, a common step, a step scheduled request by request.
+IDLE, READY, STEP_STEADY, STEP_MIXED = range(4)
 
 NONE = -1
 

@@ -21,8 +21,8 @@ REQUESTS = 60
 class UnequalServers(gym.Env):
     """First-come-first-served servers of different speed; some are down now and then.
 
-    TTFT is the time until a server has worked off what it has and the new request. The best rule knows the speeds, which
-    LMetric, the reference, does not, so that there is something to learn.
+    TTFT is the time until a server has worked off what it has and the new request. The best rule knows the speeds,
+    which LMetric, the reference, does not, so that there is something to learn.
     """
 
     def __init__(self, slots: int = 4, engines: int = 3) -> None:

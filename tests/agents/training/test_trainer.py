@@ -64,7 +64,9 @@ def test_the_same_config_trains_to_the_same_bits(algorithm, make_config, make_to
     assert_same(final_state(tmp_path / "first"), final_state(tmp_path / "second"))
     evaluations = [(tmp_path / name / "evaluations.jsonl").read_text() for name in ("first", "second")]
     assert evaluations[0] == evaluations[1]
-    other = train(make_config(algorithm={"name": algorithm}, seed=1), out=tmp_path / "other", progress=False, make_env=make_toy)
+    other = train(
+        make_config(algorithm={"name": algorithm}, seed=1), out=tmp_path / "other", progress=False, make_env=make_toy
+    )
     assert not torch.equal(
         final_state(other.folder)["policy"]["value_net.weight"],
         final_state(tmp_path / "first")["policy"]["value_net.weight"],
@@ -120,9 +122,8 @@ def test_the_run_folder_has_all_that_it_should(make_config, make_toy, tmp_path: 
     assert latest.resolve() == result.folder.resolve()
     versions = json.loads((latest / "versions.json").read_text())
     assert {"torch", "stable-baselines3", "numpy"} <= versions["packages"].keys()
-    assert {path.name for path in latest.iterdir()} == {
-        "config.yaml", "versions.json", "tensorboard", "checkpoints", "evaluations.jsonl", "policy", "policy_last", "done.json"
-    }  # fmt: skip
+    files = {"config.yaml", "versions.json", "evaluations.jsonl", "done.json"}
+    assert {path.name for path in latest.iterdir()} == files | {"tensorboard", "checkpoints", "policy", "policy_last"}
 
 
 def test_tensorboard_has_the_scalars(make_config, make_toy, tmp_path: Path) -> None:
@@ -146,7 +147,9 @@ def test_tensorboard_has_the_scalars(make_config, make_toy, tmp_path: Path) -> N
     assert shares[3] == 0.0  # an empty slot
 
 
-def test_progress_is_one_line_a_minute_without_a_terminal(make_config, make_toy, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_progress_is_one_line_a_minute_without_a_terminal(
+    make_config, make_toy, tmp_path: Path, capsys, monkeypatch
+) -> None:
     train(make_config(), out=tmp_path / "quiet", make_env=make_toy)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr("servegym.agents.training.progress.QUIET_PERIOD_S", 0.0)

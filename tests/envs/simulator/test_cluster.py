@@ -16,7 +16,7 @@ from servegym.envs.profiles.profile import load_profile
 from servegym.envs.simulator.cluster import SimulatedCluster
 from servegym.envs.simulator.config import ClusterConfig
 from servegym.envs.simulator.kernel import single
-from servegym.envs.simulator.kernel.state import DECODE, FINISHED, STEP_DECODE
+from servegym.envs.simulator.kernel.state import DECODE, FINISHED, STEP_STEADY
 from servegym.envs.workloads.table import RequestTable
 from servegym.errors import InputError
 
@@ -87,7 +87,9 @@ def test_step_durations_follow_the_profile(toy_profile: str) -> None:
         duration = single.begin(memory.cluster, now)
         count = int(engine["running"])
         members = running[:count]
-        tokens = np.ones(count, dtype=int) if engine["activity"] == STEP_DECODE else scheduled[:count]
+        tokens = scheduled[:count].copy()
+        if engine["activity"] == STEP_STEADY:
+            tokens[: int(engine["decoding"])] = 1
         prefill, contexts = [], []
         for r, chunk in zip(members, tokens, strict=True):
             if requests["status"][r] == DECODE and chunk:

@@ -1,0 +1,97 @@
+"""Writing policy bundles; :mod:`servegym.engine_bridge.bundle` reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from servegym.baselines.features import (
+    ENGINE_FEATURE_NAMES,
+    REQUEST_FEATURE_NAMES,
+    Float32Array,
+    fill_dispatch_features,
+)
+from servegym.baselines.interface import E_AVAILABLE
+from servegym.engine_bridge.bundle_card import model_card
+from servegym.engine_bridge.golden import draw_decision, golden_pair
+from servegym.engine_bridge.manifest import CARD, GOLDEN_PAIRS, MANIFEST, WEIGHTS, Manifest, Provenance, Widths
+
+ReferenceLogits = Callable[[Float32Array, Float32Array, npt.NDArray[np.bool_]], Float32Array]
+
+
+def write_bundle(
+    folder: str | Path,
+    weights: Mapping[str, Float32Array],
+    reference: ReferenceLogits,
+    training: Provenance,
+    packages: Mapping[str, str],
+) -> None:
+    """Write a bundle; an older one in its place is replaced as a whole.
+
+    Args:
+        folder: where the bundle is to stand.
+        weights: float32 arrays with the names and shapes of :func:`weight_shapes`.
+        reference: the trained network itself, (engine features, request features, available) -> logits; its answers
+            become the golden pairs.
+        training: where the weights come from.
+        packages: versions to record.
+    """
+    blob = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in weights.items()})
+    hidden, engine_features = weights["encoder.engine.weight"].shape
+    golden = []
+    rng = np.random.default_rng(np.random.SeedSequence(0))
+    for _ in range(GOLDEN_PAIRS):
+        row, matrix = draw_decision(rng)
+        engines = np.empty((len(matrix), len(ENGINE_FEATURE_NAMES)), dtype=np.float32)
+        request = np.empty(len(REQUEST_FEATURE_NAMES), dtype=np.float32)
+        fill_dispatch_features(row, matrix, engines, request)
+        available = matrix[:, E_AVAILABLE] > 0
+        golden.append(golden_pair(row, matrix, reference(engines, request, available)))
+    manifest = Manifest(
+        schema_version=1,
+        layer="engine",
+        architecture="set_scorer",
+        widths=Widths(
+            engine_features=engine_features,
+            request_features=weights["encoder.request.weight"].shape[1],
+            hidden=hidden,
+        ),
+        engine_features=ENGINE_FEATURE_NAMES,
+        request_features=REQUEST_FEATURE_NAMES,
+        action="score of an engine = -logit; the lowest score is chosen, equal engines take turns",
+        mask="unavailable engines score infinity and are left out of the pooling",
+        normalisation=None,
+        training=training,
+        packages=dict(packages),
+        weights_sha256=hashlib.sha256(blob).hexdigest(),
+        golden=tuple(golden),
+    )
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        (fresh / WEIGHTS).write_bytes(blob)
+        (fresh / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+        (fresh / CARD).write_text(model_card(manifest), encoding="utf-8")
+        fresh.chmod(0o755)
+        _put_in_place(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _put_in_place(fresh: Path, target: Path) -> None:
+    """Rename a finished folder to its place. A reader sees the old bundle, the new one, or for an instant none."""
+    old = fresh.with_name(fresh.name + ".old")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(fresh, target)
+    shutil.rmtree(old, ignore_errors=True)

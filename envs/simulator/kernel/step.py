@@ -1,0 +1,80 @@
+"""One step of an engine: what it computes, how long it takes, and its result."""
+
+from __future__ import annotations
+
+from servegym.envs.simulator.kernel.jit import jit
+from servegym.envs.simulator.kernel.memory import floats
+from servegym.envs.simulator.kernel.queues import order_queue
+from servegym.envs.simulator.kernel.scheduler import (
+    finish_mixed_step,
+    schedule_running,
+    schedule_waiting,
+    step_cost,
+)
+from servegym.envs.simulator.kernel.state import (
+    ORDER_DYNAMIC,
+    ORDER_EXTERNAL,
+    STEP_MIXED,
+    STEP_STEADY,
+    Engine,
+    State,
+)
+from servegym.envs.simulator.kernel.steady import finish_steady_step, schedule_steady, steady_cost
+
+NOTHING_TO_DO = -1.0
+NEEDS_ORDER = -2.0
+
+
+@jit
+def _may_admit(engine: Engine) -> bool:
+    """Whether a waiting request may be admitted, as far as can be told without looking at it."""
+    if engine.waiting == 0 or engine.running >= engine.max_num_seqs:
+        return False
+    # A head that did not fit still does not: blocks only become fewer until a request finishes, and without a prefix
+    # cache its demand cannot shrink. Orders that change with time have no fixed head.
+    fixed_head = engine.order != ORDER_DYNAMIC and engine.order != ORDER_EXTERNAL
+    return not (engine.blocked and fixed_head and not engine.prefix_caching)
+
+
+@jit
+def begin_step(s: State, engine: Engine, now: float) -> float:
+    """Schedule the next step of an engine.
+
+    Returns:
+        The duration in seconds; NOTHING_TO_DO if the engine is idle; NEEDS_ORDER, with nothing changed, if an external
+        request policy must score the waiting queue first.
+    """
+    engine.preempted_count = 0
+    if engine.running + engine.waiting == 0:
+        return NOTHING_TO_DO
+    may_admit = _may_admit(engine)
+    if engine.order == ORDER_EXTERNAL and may_admit and not engine.ordered:
+        return NEEDS_ORDER
+    threshold = engine.long_prefill_threshold if engine.running + engine.waiting > 1 else 0
+    budget = schedule_steady(s, engine, threshold)
+    steady = budget >= 0
+    if not steady:
+        budget = schedule_running(s, engine, engine.max_num_batched_tokens, threshold)
+    if engine.preempted_count == 0 and may_admit:
+        order_queue(s, engine, now)
+        schedule_waiting(s, engine, budget, threshold)
+    engine.ordered = 0
+    if steady:
+        steady_cost(s, engine)
+        engine.activity = STEP_STEADY
+    else:
+        step_cost(s, engine)
+        engine.activity = STEP_MIXED
+    engine.peak_blocks = max(engine.peak_blocks, engine.num_blocks - 1 - engine.free_blocks)
+    return (engine.step_local_s + floats(engine.moe_cost_at)[engine.step_tokens]) * engine.slowdown
+
+
+@jit
+def finish_step(s: State, engine: Engine, now: float) -> None:
+    """Apply the running step of an engine, which ends at ``now``."""
+    engine.steps += 1
+    engine.computed_tokens += engine.step_tokens
+    if engine.activity == STEP_STEADY:
+        finish_steady_step(s, engine, now)
+    else:
+        finish_mixed_step(s, engine, now)

@@ -1,0 +1,122 @@
+"""The network without torch gives torch's answers, in numpy and compiled."""
+
+from __future__ import annotations
+
+import time
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from servegym.agents.training.export import actor_weights, torch_logits
+from servegym.baselines.features import ENGINE_FEATURES, REQUEST_FEATURES
+from servegym.baselines.heuristic import compiled_form
+from servegym.baselines.interface import (
+    E_AVAILABLE,
+    R_LAST_ENGINE,
+    R_PRIORITY,
+    R_PROMPT_TOKENS,
+    R_TURN,
+    EngineViews,
+    RequestView,
+    pick,
+)
+from servegym.engine_bridge.bundle import load_bundle
+from servegym.engine_bridge.golden import draw_decision
+from servegym.engine_bridge.set_scorer import SetScorer
+
+
+def views(row: np.ndarray, matrix: np.ndarray) -> tuple[RequestView, EngineViews]:
+    request = RequestView(
+        index=0,
+        now_s=row[0],
+        arrival_s=row[1],
+        prompt_tokens=int(row[R_PROMPT_TOKENS]),
+        priority=int(row[R_PRIORITY]),
+        deadline_s=row[4],
+        turn=int(row[R_TURN]),
+        last_engine=int(row[R_LAST_ENGINE]),
+    )
+    return request, EngineViews(matrix)
+
+
+def test_numpy_equals_torch_on_a_thousand_random_observations(actor) -> None:
+    scorer, reference = SetScorer(actor_weights(actor)), torch_logits(actor)
+    rng = np.random.default_rng(1)
+    for _ in range(1000):
+        count = int(rng.integers(1, 17))
+        available = rng.random(count) < 0.8
+        available[rng.integers(count)] = True
+        engines = rng.normal(size=(count, len(ENGINE_FEATURES))).astype(np.float32) * available[:, None]
+        request = rng.normal(size=len(REQUEST_FEATURES)).astype(np.float32)
+        mine, theirs = scorer.logits(engines, request, available), reference(engines, request, available)
+        np.testing.assert_allclose(mine[available], theirs[available], rtol=0, atol=1e-5)
+        assert np.where(available, mine, -np.inf).argmax() == theirs.argmax()
+
+
+def test_the_compiled_form_equals_the_numpy_runtime(bundle) -> None:
+    policy = load_bundle(bundle)
+    function, params = compiled_form(policy)
+    compiled = numba.njit(function)
+    rng = np.random.default_rng(2)
+    for case in range(300):
+        row, matrix = draw_decision(rng)
+        if case % 10 == 0:
+            matrix[:, E_AVAILABLE] = 0.0
+        scores = policy.score(*views(row, matrix))
+        for run in (compiled, function) if case < 20 else (compiled,):
+            out = np.full(len(matrix), np.nan)
+            run(row, matrix, params, out)
+            np.testing.assert_allclose(out, scores, rtol=0, atol=1e-5)
+            assert pick(out, matrix[:, E_AVAILABLE]) == pick(scores, matrix[:, E_AVAILABLE])
+
+
+def test_equal_engines_take_turns_and_unavailable_ones_none(bundle) -> None:
+    policy = load_bundle(bundle)
+    row, matrix = draw_decision(np.random.default_rng(0))
+    matrix = np.repeat(matrix[:1], 4, axis=0)
+    matrix[:, E_AVAILABLE] = [1, 1, 0, 1]
+    chosen = []
+    for last in (-1, 0, 1, 3):
+        row[R_LAST_ENGINE] = last
+        out = np.empty(4)
+        policy.compiled(row, matrix, policy.compiled_params(), out)
+        assert np.isinf(out[2])
+        chosen.append((pick(policy.score(*views(row, matrix)), matrix[:, E_AVAILABLE]), int(out.argmin())))
+    assert chosen == [(0, 0), (1, 1), (3, 3), (0, 0)]
+
+
+def test_scores_do_not_depend_on_engines_that_are_down(bundle) -> None:
+    policy = load_bundle(bundle)
+    row, matrix = draw_decision(np.random.default_rng(5))
+    longer = np.vstack([matrix, np.full_like(matrix[:2], 77.0)])
+    longer[-2:, E_AVAILABLE] = 0.0
+    scores = policy.score(*views(row, longer))
+    np.testing.assert_allclose(scores[: len(matrix)], policy.score(*views(row, matrix)), atol=1e-5)
+    assert np.isinf(scores[-2:]).all()
+
+
+def test_no_engines_give_no_scores(bundle) -> None:
+    row, matrix = draw_decision(np.random.default_rng(5))
+    assert load_bundle(bundle).score(*views(row, matrix[:0])).shape == (0,)
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_a_decision_takes_microseconds(bundle, count: int) -> None:
+    policy = load_bundle(bundle)
+    row, matrix = draw_decision(np.random.default_rng(0))
+    request, engines = views(row, np.repeat(matrix[:1], count, axis=0))
+    times = []
+    for _ in range(500):
+        began = time.perf_counter()
+        policy.score(request, engines)
+        times.append(time.perf_counter() - began)
+    assert np.median(times) < 300e-6  # 20 us on an idle core; the ceiling leaves room for a busy one
+
+
+def test_weights_survive_the_way_through_the_bundle(actor, bundle) -> None:
+    state = actor.state_dict()
+    loaded = load_bundle(bundle)._scorer.weights
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(torch.from_numpy(loaded[name]), tensor) for name, tensor in state.items())
