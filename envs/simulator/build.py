@@ -35,7 +35,7 @@ class Memory:
         cluster: the CLUSTER record, shape (1,).
         engines: ENGINE records, shape (engines,).
         requests: REQUEST records, shape (requests,).
-        engine_view: view of the pending dispatch decision, shape (engines, ENGINE_COLUMNS).
+        engine_view: view of the pending dispatch decision, shape (engines, ENGINE_COLUMNS), column by column.
         request_row: its request, shape (REQUEST_COLUMNS,).
         totals: reward integrals at the arrival of each request, shape (requests, 3), if recorded.
         events: log of first tokens (2 r) and ends (2 r + 1), shape (2 * requests,), or empty.
@@ -74,7 +74,7 @@ class Memory:
         self.requests = _requests(table, user, session, template)
         self.engines = _engines(engines, order)
         self.cluster = np.zeros(1, dtype=CLUSTER)
-        self.engine_view = np.zeros((size, ENGINE_COLUMNS))
+        self.engine_view = np.zeros((size, ENGINE_COLUMNS), order="F")
         self.request_row = np.zeros(REQUEST_COLUMNS)
         self.engine_view[:, E_MAX_NUM_SEQS] = self.engines["max_num_seqs"]
         self.engine_view[:, E_KV_TOKENS] = (self.engines["num_blocks"] - 1) * self.engines["block_size"]
@@ -117,6 +117,9 @@ class Memory:
         arrays: dict[str, npt.NDArray[Any]] = {
             "requests": self.requests,
             "engines": self.engines,
+            "event_s": np.full(size, np.inf),
+            "snapshot_s": np.zeros(size),
+            "changed": np.zeros(size, dtype=np.int32),
             "roots": roots,
             "later_s": np.zeros(count),
             "later": np.zeros(count, dtype=np.int32),
@@ -244,6 +247,7 @@ def _requests(
 
 def _engines(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any]:
     records = np.zeros(len(engines), dtype=ENGINE)
+    records["index"] = np.arange(len(engines))
     for record, spec in zip(records, engines, strict=True):
         limit, cost = spec.limits, spec.profile.compile(spec.limits.max_num_batched_tokens)
         record["block_size"] = limit.block_size
@@ -260,7 +264,6 @@ def _engines(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any]:
         budget = limit.max_num_batched_tokens
         record["prefill_tokens_per_s"] = budget / (cost.step_s([(0, budget)], []) * spec.slowdown)
         record["decode_step_s"] = cost.step_s([], [1]) * spec.slowdown
-        record["event_s"] = np.inf
         record["next_finish"] = NEVER
         record["queue_head"] = record["queue_tail"] = record["front"] = record["heap"] = NONE
         record["accepting"] = record["alive"] = record["reporting"] = 1

@@ -163,7 +163,7 @@ class SimulatedCluster:
 
     def engine_views(self) -> EngineViews:
         """The engines at the pending decision."""
-        return EngineViews(self.memory.engine_view.copy())
+        return EngineViews(self.memory.engine_view.copy(order="C"))
 
     def _advance(self, action: int) -> bool:
         cluster = self.memory.cluster

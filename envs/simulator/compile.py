@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba import carray, types
+from numba import carray, farray, types
 
 from servegym.baselines.interface import CONTEXT_COLUMNS, ENGINE_COLUMNS, QUEUE_COLUMNS, REQUEST_COLUMNS
 
@@ -31,7 +31,7 @@ def engine_score(function: Callable[..., None] | None) -> int:
     def call(request: Any, engines: Any, params: Any, out: Any, count: int, param_count: int) -> None:
         score(
             carray(request, (REQUEST_COLUMNS,)),
-            carray(engines, (count, ENGINE_COLUMNS)),
+            farray(engines, (count, ENGINE_COLUMNS)),
             carray(params, (param_count,)),
             carray(out, (count,)),
         )

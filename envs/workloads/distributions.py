@@ -22,7 +22,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 # Token counts travel as int32; no context comes near this.
-MOST_TOKENS = 2**30
+MOST_TOKENS = 2**28
 
 
 class _Distribution(Config, ABC):

@@ -109,6 +109,32 @@ class RequestTable:
         """Return the same requests with arrivals ``rate_factor`` times as dense; think times are left alone."""
         return replace(self, arrival_s=self.arrival_s / rate_factor)
 
+    def take(self, rows: npt.ArrayLike) -> RequestTable:
+        """Return a selection of the requests; a follow-up without its previous turn arrives at its ``arrival_s``.
+
+        Args:
+            rows: indices to keep, increasing.
+        """
+        kept = np.asarray(rows, dtype=np.int64)
+        position = np.full(len(self) + 1, -1)  # The last entry is where parent -1 looks.
+        position[kept] = np.arange(len(kept))
+        columns = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name, value in columns.items():
+            if isinstance(value, np.ndarray) and not name.startswith("prefix_"):
+                columns[name] = value[kept]
+        columns["parent"] = position[columns["parent"]].astype(np.int32)
+        if self.prefix_block_tokens:
+            counts = np.diff(self.prefix_start)[kept]
+            columns["prefix_start"] = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
+            shift = self.prefix_start[kept] - columns["prefix_start"][:-1]
+            columns["prefix_ids"] = self.prefix_ids[np.arange(counts.sum()) + np.repeat(shift, counts)]
+        return RequestTable(**columns)
+
+    def window(self, first: int, stop: int) -> RequestTable:
+        """Return requests ``first`` to ``stop - 1``, with the earliest of them arriving at 0."""
+        part = self.take(np.arange(first, min(stop, len(self))))
+        return replace(part, arrival_s=part.arrival_s - part.arrival_s.min()) if len(part) else part
+
     def check(self, source: str = "requests") -> None:
         """Verify the promises of this class.
 

@@ -7,6 +7,7 @@ result.
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def _measure(engines: int, count: int, caching: bool, repeats: int = 3) -> dict[
 
 @pytest.mark.parametrize("caching", [False, True])
 def test_requests_per_second_by_engines(caching: bool) -> None:
-    rows = {engines: _measure(engines, 200_000, caching) for engines in (1, 4, 16, 64)}
+    rows = {engines: _measure(engines, max(200_000, 12_500 * engines), caching) for engines in (1, 4, 16, 64)}
     floor = 100_000 if caching else 200_000
     assert all(row["requests/s"] >= floor for row in rows.values())
     speeds = [row["requests/s"] for row in rows.values()]
@@ -75,7 +76,9 @@ def test_cost_per_request_is_flat_in_their_number(caching: bool) -> None:
 
 
 def test_a_million_requests_fit_into_a_gigabyte() -> None:
-    peak = int(subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True).stdout)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True, env=environment)
+    peak = int(process.stdout)
     print(f"peak memory for a million requests, caching on: {peak / 2**20:.0f} MiB")
     assert peak < 2**30
 

@@ -30,8 +30,8 @@ DONE, HORIZON, DISPATCH, ORDER = range(4)
 def _advance_engine(s: State, e: int, limit: float) -> bool:
     """Run one engine's events before ``limit``; False if it waits for an external order of its queue."""
     engine = engine_at(s.engines_at, e)
-    while engine.event_s < limit:
-        now = engine.event_s
+    while floats(s.event_s_at)[e] < limit:
+        now = floats(s.event_s_at)[e]
         if engine.activity >= STEP_STEADY:
             finish_step(s, engine, now)
             engine.activity = READY
@@ -41,9 +41,9 @@ def _advance_engine(s: State, e: int, limit: float) -> bool:
             return False
         if duration == NOTHING_TO_DO:
             engine.activity = IDLE
-            engine.event_s = math.inf
+            floats(s.event_s_at)[e] = math.inf
             return True
-        engine.event_s = now + duration
+        floats(s.event_s_at)[e] = now + duration
         engine.busy_s += duration
     return True
 
@@ -94,7 +94,7 @@ def _advance_lockstep(s: State, limit: float) -> bool:
         for e in range(count):
             if engine_at(s.engines_at, e).activity >= STEP_STEADY:
                 engine_at(s.engines_at, e).busy_s += duration
-                engine_at(s.engines_at, e).event_s = s.step_s
+                floats(s.event_s_at)[e] = s.step_s
     return True
 
 
@@ -108,10 +108,10 @@ def _advance_engines(s: State, limit: float) -> bool:
     if s.closed_loop:
         first = math.inf
         for e in range(s.engine_count):
-            first = min(first, engine_at(s.engines_at, e).event_s)
+            first = min(first, floats(s.event_s_at)[e])
         limit = min(limit, max(first + s.shortest_think_s, np.nextafter(first, math.inf)))
     for e in range(s.engine_count):
-        if engine_at(s.engines_at, e).event_s < limit and not _advance_engine(s, e, limit):
+        if floats(s.event_s_at)[e] < limit and not _advance_engine(s, e, limit):
             return False
     return True
 
@@ -122,7 +122,7 @@ def _next_engine_event_s(s: State) -> float:
         return s.step_s if s.stepping else math.inf
     first = math.inf
     for e in range(s.engine_count):
-        first = min(first, engine_at(s.engines_at, e).event_s)
+        first = min(first, floats(s.event_s_at)[e])
     return first
 
 
@@ -139,10 +139,39 @@ def sum_integrals(s: State, now: float, out: Any) -> None:
     out[0] = out[1] = out[2] = 0.0
     for e in range(s.engine_count):
         engine = engine_at(s.engines_at, e)
-        settle_integrals(engine, now)
+        settle_integrals(s, engine, now)
         out[0] += engine.integral_prefill
         out[1] += engine.integral_inflight
         out[2] += engine.integral_tpot
+
+
+@jit
+def _advance_all(s: State, limit: float) -> bool:
+    """Run all engine events before ``limit``, follow-ups that arrive meanwhile apart; False to wait for an order."""
+    if not s.closed_loop:
+        return _advance_engines(s, limit)
+    while _next_engine_event_s(s) < min(limit, next_arrival_s(s)):
+        if not _advance_engines(s, min(limit, next_arrival_s(s))):
+            return False
+    return True
+
+
+@jit
+def _arrive(s: State, r: int, now: float) -> bool:
+    """Dispatch an arriving request with the compiled policy; False to wait for the caller's decision."""
+    s.arrived += 1
+    if s.recording:
+        sum_integrals(s, now, carray(floats(s.totals_at + 24 * r), (3,)))
+    fill_view(s, r, now)
+    choice = choose(s)
+    if choice == NONE:
+        strand(s, r, now)
+        return True
+    if s.external_dispatch:
+        s.pending = r
+        return False
+    hand_over(s, r, choice, now)
+    return True
 
 
 @jit
@@ -166,46 +195,22 @@ def advance(cluster: Any, horizon: float, action: int) -> int:
         s.pending = NONE
         hand_over(s, r, action, s.now_s)
     while True:
-        arrival = next_arrival_s(s)
-        snapshot = math.inf
-        if s.telemetry_period_s > 0.0:
-            snapshot = s.telemetry_count * s.telemetry_period_s
-        if arrival == math.inf and _next_engine_event_s(s) == math.inf:
+        snapshot = s.telemetry_count * s.telemetry_period_s if s.telemetry_period_s > 0.0 else math.inf
+        if next_arrival_s(s) == math.inf and _next_engine_event_s(s) == math.inf:
             return DONE
-        limit = min(horizon, min(arrival, snapshot))
-        if s.closed_loop:
-            if _next_engine_event_s(s) < limit:
-                if not _advance_engines(s, limit):
-                    return ORDER
-                continue  # a request that finished may have caused an earlier arrival
-        elif not _advance_engines(s, limit):
+        if not _advance_all(s, min(horizon, min(next_arrival_s(s), snapshot))):
             return ORDER
-        if limit == math.inf:
-            continue
-        if horizon <= limit:
+        arrival = next_arrival_s(s)
+        if horizon <= min(arrival, snapshot) and horizon < math.inf:
             s.now_s = max(s.now_s, horizon)
             return HORIZON
-        s.now_s = limit
-        if snapshot <= arrival:
+        if snapshot <= arrival and snapshot < math.inf:
+            s.now_s = snapshot
             take_telemetry(s, snapshot)
-            continue
-        r = pop_arrival(s)
-        s.arrived += 1
-        if s.recording:
-            sum_integrals(s, arrival, carray(floats(s.totals_at + 24 * r), (3,)))
-        fill_view(s, r, arrival)
-        if s.external_dispatch:
-            for e in range(s.engine_count):
-                if engine_at(s.engines_at, e).accepting:
-                    s.pending = r
-                    return DISPATCH
-            strand(s, r, arrival)
-            continue
-        choice = choose(s)
-        if choice == NONE:
-            strand(s, r, arrival)
-        else:
-            hand_over(s, r, choice, arrival)
+        elif arrival < math.inf:
+            s.now_s = arrival
+            if not _arrive(s, pop_arrival(s), arrival):
+                return DISPATCH
 
 
 @jit

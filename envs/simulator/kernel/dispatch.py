@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import carray
+from numba import carray, farray
 
 from servegym.baselines.interface import (
     E_AVAILABLE,
@@ -52,9 +52,9 @@ from servegym.envs.simulator.kernel.memory import (
     small,
     telemetry_at,
 )
-from servegym.envs.simulator.kernel.queues import push_waiting
 from servegym.envs.simulator.kernel.progress import settle_integrals
-from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, Engine, State
+from servegym.envs.simulator.kernel.queues import push_waiting
+from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, State
 
 
 @jit
@@ -108,50 +108,86 @@ def _visible_snapshot(s: State, now: float) -> int:
 
 
 @jit
-def _fill_row(engine: Engine, sample: Any, row: Any) -> None:
+def _view(s: State) -> Any:
+    """The matrix of the engines, shape (engines, ENGINE_COLUMNS), column by column so that a column is one stretch."""
+    return farray(floats(s.engine_view_at), (s.engine_count, ENGINE_COLUMNS))
+
+
+@jit
+def _show(s: State, view: Any, e: int, slot: int) -> None:
     """Write what does not depend on the request."""
-    engine.changed = 0
-    row[E_AVAILABLE] = engine.accepting
-    row[E_WAITING] = sample.waiting
-    row[E_RUNNING] = sample.running
-    row[E_KV_USAGE] = sample.kv_usage
-    row[E_INFLIGHT] = engine.inflight
-    row[E_INFLIGHT_PROMPT_TOKENS] = engine.inflight_prompt
-    row[E_PREFILL_REQUESTS] = engine.prefill_requests
-    row[E_PREFILL_TOKENS] = engine.prefill_tokens
-    row[E_TTFT_EWMA_S] = engine.ttft_ewma_s
-    row[E_ITL_EWMA_S] = engine.itl_ewma_s
-    row[E_DISPATCHED] = engine.dispatched
-    row[E_DISPATCHED_SINCE] = engine.dispatched - sample.dispatched
+    engine = engine_at(s.engines_at, e)
+    sample = telemetry_at(s.telemetry_at, slot * s.engine_count + e)
+    floats(s.snapshot_s_at)[e] = sample.time_s
+    view[e, E_AVAILABLE] = engine.accepting
+    view[e, E_WAITING] = sample.waiting
+    view[e, E_RUNNING] = sample.running
+    view[e, E_KV_USAGE] = sample.kv_usage
+    view[e, E_INFLIGHT] = engine.inflight
+    view[e, E_INFLIGHT_PROMPT_TOKENS] = engine.inflight_prompt
+    view[e, E_PREFILL_REQUESTS] = engine.prefill_requests
+    view[e, E_PREFILL_TOKENS] = engine.prefill_tokens
+    view[e, E_TTFT_EWMA_S] = engine.ttft_ewma_s
+    view[e, E_ITL_EWMA_S] = engine.itl_ewma_s
+    view[e, E_DISPATCHED] = engine.dispatched
+    view[e, E_DISPATCHED_SINCE] = engine.dispatched - sample.dispatched
+
+
+@jit
+def _show_engines(s: State, view: Any, now: float) -> None:
+    """Bring the view up to date: all engines after a new snapshot, else those whose counters have changed."""
+    count = s.engine_count
+    live = s.telemetry_period_s == 0.0
+    slot = 0 if live else _visible_snapshot(s, now)
+    if live:
+        for e in range(count):
+            if engine_at(s.engines_at, e).reporting:
+                _measure(s, e, now, 0)
+    if live or slot != s.shown_snapshot:
+        for e in range(count):
+            _show(s, view, e, slot)
+    else:
+        for i in range(s.changed_count):
+            _show(s, view, ints(s.changed_at)[i], slot)
+    for i in range(s.changed_count):
+        engine_at(s.engines_at, ints(s.changed_at)[i]).changed = 0
+    s.changed_count = 0
+    s.shown_snapshot = slot
+    for e in range(count):
+        view[e, E_TELEMETRY_AGE_S] = now - floats(s.snapshot_s_at)[e]
+
+
+@jit
+def _show_affinity(s: State, view: Any, r: int) -> None:
+    """Write where the request's user, session and prompt have been before."""
+    request = request_at(s.requests_at, r)
+    for e in range(s.engine_count):
+        view[e, E_USER_HOME] = 0.0
+        view[e, E_SESSION_HOME] = 0.0
+        view[e, E_HIT_TOKENS] = 0.0
+    longest = request.prompt - 1
+    if request.template != NONE:
+        for e in range(s.engine_count):
+            engine = engine_at(s.engines_at, e)
+            if engine.prefix_caching and small(engine.template_seen_at)[request.template]:
+                view[e, E_HIT_TOKENS] = min(request.template_tokens, longest)
+    if request.user != NONE and ints(s.user_engine_at)[request.user] != NONE:
+        view[ints(s.user_engine_at)[request.user], E_USER_HOME] = 1.0
+    if request.session != NONE and ints(s.session_engine_at)[request.session] != NONE:
+        home = ints(s.session_engine_at)[request.session]
+        view[home, E_SESSION_HOME] = 1.0
+        if engine_at(s.engines_at, home).prefix_caching:
+            tokens = ints(s.session_tokens_at)[request.session]
+            view[home, E_HIT_TOKENS] = max(view[home, E_HIT_TOKENS], min(tokens, longest))
 
 
 @jit
 def fill_view(s: State, r: int, now: float) -> None:
-    """Write what the router knows about each engine, for the dispatch of request ``r``; constants stand there already."""
+    """Write what the router knows for the dispatch of request ``r``; constants of engines stand there already."""
     request = request_at(s.requests_at, r)
-    live = s.telemetry_period_s == 0.0
-    slot = 0 if live else _visible_snapshot(s, now)
-    user_home = ints(s.user_engine_at)[request.user] if request.user != NONE else NONE
-    session_home = ints(s.session_engine_at)[request.session] if request.session != NONE else NONE
-    view = carray(floats(s.engine_view_at), (s.engine_count, ENGINE_COLUMNS))
-    for e in range(s.engine_count):
-        if live and engine_at(s.engines_at, e).reporting:
-            _measure(s, e, now, 0)
-        engine, row = engine_at(s.engines_at, e), view[e]
-        sample = telemetry_at(s.telemetry_at, slot * s.engine_count + e)
-        if live or engine.changed or slot != s.shown_snapshot:
-            _fill_row(engine, sample, row)
-        row[E_TELEMETRY_AGE_S] = now - sample.time_s
-        hit = 0
-        if engine.prefix_caching:
-            if e == session_home:
-                hit = ints(s.session_tokens_at)[request.session]
-            elif request.template != NONE and small(engine.template_seen_at)[request.template]:
-                hit = request.template_tokens
-        row[E_HIT_TOKENS] = min(hit, request.prompt - 1)
-        row[E_USER_HOME] = e == user_home
-        row[E_SESSION_HOME] = e == session_home
-    s.shown_snapshot = slot
+    view = _view(s)
+    _show_engines(s, view, now)
+    _show_affinity(s, view, r)
     row = carray(floats(s.request_row_at), (REQUEST_COLUMNS,))
     row[R_NOW_S] = now
     row[R_ARRIVAL_S] = request.arrival_s
@@ -169,20 +205,25 @@ def fill_view(s: State, r: int, now: float) -> None:
 
 @jit
 def choose(s: State) -> int:
-    """Score the engines of the filled view with the compiled policy; NONE if no engine accepts requests."""
+    """The engine that the compiled policy scores lowest; without such a policy, the first that accepts requests.
+
+    NONE if no engine accepts requests.
+    """
     scores = carray(floats(s.scores_at), (s.engine_count,))
-    call_engine_score(
-        s.engine_score_at,
-        s.request_row_at,
-        s.engine_view_at,
-        s.engine_params_at,
-        s.scores_at,
-        s.engine_count,
-        s.engine_param_count,
-    )
+    if s.engine_score_at != 0:
+        call_engine_score(
+            s.engine_score_at,
+            s.request_row_at,
+            s.engine_view_at,
+            s.engine_params_at,
+            s.scores_at,
+            s.engine_count,
+            s.engine_param_count,
+        )
+    view = _view(s)
     best, fallback = NONE, NONE
     for e in range(s.engine_count):
-        if engine_at(s.engines_at, e).accepting:
+        if view[e, E_AVAILABLE] > 0.0:
             if fallback == NONE:
                 fallback = e
             if scores[e] < math.inf and (best == NONE or scores[e] < scores[best]):
@@ -194,7 +235,7 @@ def choose(s: State) -> int:
 def hand_over(s: State, r: int, e: int, now: float) -> None:
     """Send request ``r`` to engine ``e``."""
     engine, request = engine_at(s.engines_at, e), request_at(s.requests_at, r)
-    settle_integrals(engine, now)
+    settle_integrals(s, engine, now)
     request.engine = e
     engine.inflight += 1
     engine.inflight_prompt += request.prompt
@@ -216,7 +257,7 @@ def hand_over(s: State, r: int, e: int, now: float) -> None:
     push_waiting(s, engine, r, now)
     if engine.activity == IDLE and not engine.hung:
         engine.activity = READY
-        engine.event_s = now
+        floats(s.event_s_at)[e] = now
         if s.lockstep and not s.stepping:
             s.stepping = 1
             s.step_s = now

@@ -9,8 +9,8 @@ from servegym.envs.simulator.kernel.arrivals import push_later
 from servegym.envs.simulator.kernel.blocks import reset_pool
 from servegym.envs.simulator.kernel.dispatch import rescue
 from servegym.envs.simulator.kernel.jit import jit
-from servegym.envs.simulator.kernel.memory import engine_at, ints, request_at
-from servegym.envs.simulator.kernel.progress import NEVER, settle_integrals
+from servegym.envs.simulator.kernel.memory import engine_at, floats, ints, request_at
+from servegym.envs.simulator.kernel.progress import NEVER, mark_changed, settle_integrals
 from servegym.envs.simulator.kernel.state import (
     DECODE,
     IDLE,
@@ -69,7 +69,7 @@ def kill(cluster: Any, e: int, now: float) -> None:
     """The engine and all its KV are gone; the router sends its requests elsewhere."""
     s = cluster[0]
     engine = engine_at(s.engines_at, e)
-    settle_integrals(engine, now)
+    settle_integrals(s, engine, now)
     for i in range(engine.running):
         _lose(s, engine, ints(engine.running_at)[i], now)
     _lose_list(s, engine, engine.front, now)
@@ -86,7 +86,7 @@ def kill(cluster: Any, e: int, now: float) -> None:
     engine.inflight = engine.inflight_prompt = engine.prefill_requests = engine.prefill_tokens = 0
     engine.tpot_rate = 0.0
     engine.activity = IDLE
-    engine.event_s = math.inf
+    floats(s.event_s_at)[e] = math.inf
     engine.alive = engine.accepting = engine.reporting = engine.hung = 0
     reset_pool(engine)
 
@@ -115,8 +115,8 @@ def hang(cluster: Any, e: int, now: float) -> None:
         engine.hung_s = s.step_s - now
         s.step_s = math.inf
     else:
-        engine.hung_s = engine.event_s - now
-        engine.event_s = math.inf
+        engine.hung_s = floats(s.event_s_at)[e] - now
+        floats(s.event_s_at)[e] = math.inf
 
 
 @jit
@@ -137,15 +137,16 @@ def resume(cluster: Any, e: int, now: float) -> None:
             s.stepping = 1
             s.step_s = now
     else:
-        engine.event_s = now + engine.hung_s
+        floats(s.event_s_at)[e] = now + engine.hung_s
 
 
 @jit
 def leave(cluster: Any, e: int) -> None:
     """Take no new requests; those that it has are finished."""
-    engine = engine_at(cluster[0].engines_at, e)
+    s = cluster[0]
+    engine = engine_at(s.engines_at, e)
     engine.accepting = 0
-    engine.changed = 1
+    mark_changed(s, engine)
 
 
 @jit
@@ -154,5 +155,6 @@ def join(cluster: Any, e: int, now: float) -> None:
     s = cluster[0]
     engine = engine_at(s.engines_at, e)
     if engine.alive:
-        engine.accepting = engine.changed = 1
+        engine.accepting = 1
+        mark_changed(s, engine)
         rescue(s, now)

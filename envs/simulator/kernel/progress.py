@@ -44,9 +44,18 @@ def block_phase(s: State, engine: Engine, r: int) -> int:
 
 
 @jit
-def settle_integrals(engine: Engine, now: float) -> None:
+def mark_changed(s: State, engine: Engine) -> None:
+    """Have the engine's counters shown anew in the next view."""
+    if not engine.changed:
+        engine.changed = 1
+        ints(s.changed_at)[s.changed_count] = engine.index
+        s.changed_count += 1
+
+
+@jit
+def settle_integrals(s: State, engine: Engine, now: float) -> None:
     """Extend the engine's reward integrals to ``now``; called before each change of the router's counters."""
-    engine.changed = 1
+    mark_changed(s, engine)
     span = now - engine.integral_s
     engine.integral_prefill += span * engine.prefill_requests
     engine.integral_inflight += span * engine.inflight
@@ -56,6 +65,7 @@ def settle_integrals(engine: Engine, now: float) -> None:
 
 @jit
 def start_decoding(s: State, engine: Engine, r: int, tick0: int) -> None:
+    """Enter the sums of decoding requests; ``generated`` follows from the tick from here on."""
     request = request_at(s.requests_at, r)
     request.status = DECODE
     request.tick0 = tick0
@@ -93,6 +103,7 @@ def preempt(s: State, engine: Engine, r: int) -> None:
 
 @jit
 def first_token(s: State, engine: Engine, r: int, now: float) -> None:
+    """Account for a first token; it reaches the router as the step ends."""
     request = request_at(s.requests_at, r)
     request.first_s = now
     log_event(s, 2 * r)

@@ -3,7 +3,8 @@
 - FCFS: a linked list; preempted requests go to its front (vLLM's deque).
 - Priority: a heap over (priority, arrival, id); preempted requests go back into it (vLLM's heap).
 - A policy: preempted requests wait in a front list that is served first, last preempted first, as the in-engine shim
-  does it; the others stand in a heap if the policy's score never changes, else in a list that is scanned for its minimum.
+  does it; the others stand in a heap if the policy's score never changes, else in a list that is scanned for its
+  minimum.
 
 Heaps are pairing heaps threaded through the request records, so that a queue of any length needs no memory of its own.
 """
@@ -267,7 +268,7 @@ def read_queue_of(cluster: Any, e: int, rows: Any, members: Any, context: Any) -
     """
     s = cluster[0]
     engine = engine_at(s.engines_at, e)
-    now = engine.event_s
+    now = floats(s.event_s_at)[e]
     fill_context_row(s, engine, now)
     context[:] = context_row(s)
     count = 0

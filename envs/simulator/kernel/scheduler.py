@@ -169,7 +169,8 @@ def step_cost(s: State, engine: Engine) -> None:
 
 @jit
 def finish_mixed_step(s: State, engine: Engine, now: float) -> None:
-    settle_integrals(engine, now)
+    """Apply the step that ends at ``now``, request by request in the order in which vLLM handles them."""
+    settle_integrals(s, engine, now)
     # Every decoding request ages by the tick; those left out of this step are set back.
     engine.tick += 1
     engine.context += engine.decoding

@@ -66,7 +66,6 @@ REQUEST = np.dtype(
 ENGINE = np.dtype(
     [
         # What every arrival reads, side by side.
-        ("event_s", "f8"),  # end of the running step, or the time of the next scheduling
         ("activity", "i8"),
         ("running", "i8"),
         ("waiting", "i8"),
@@ -79,7 +78,8 @@ ENGINE = np.dtype(
         ("hung", "i8"),
         ("hung_s", "f8"),  # what was left of the running step when the engine hung
         ("reporting", "i8"),
-        ("changed", "i8"),  # the router's counters have changed since they were last shown
+        ("changed", "i8"),  # it stands on the list of changed engines
+        ("index", "i8"),
         # The router's exact counters.
         ("inflight", "i8"),
         ("inflight_prompt", "i8"),
@@ -191,6 +191,10 @@ CLUSTER = np.dtype(
         ("telemetry_depth", "i8"),
         ("requests_at", "i8"),  # REQUEST (R,)
         ("engines_at", "i8"),  # ENGINE (N,)
+        ("event_s_at", "i8"),  # f8 (N,) end of each engine's step, or the time of its next scheduling
+        ("snapshot_s_at", "i8"),  # f8 (N,) time of the snapshot that the view shows of each engine
+        ("changed_at", "i8"),  # i4 (N,) engines whose counters have changed since they were last shown
+        ("changed_count", "i8"),
         ("roots_at", "i8"),  # i4 open-loop requests by arrival
         ("later_s_at", "i8"),  # f8 (R,) binary heap of later arrivals: follow-ups and re-dispatches
         ("later_at", "i8"),  # i4 (R,)
@@ -201,7 +205,7 @@ CLUSTER = np.dtype(
         ("user_engine_at", "i8"),  # i4 last engine by user
         ("session_engine_at", "i8"),  # i4 last engine by session
         ("session_tokens_at", "i8"),  # i4 tokens of a session that its last engine has seen
-        ("engine_view_at", "i8"),  # f8 (N, ENGINE_COLUMNS) view of the pending decision
+        ("engine_view_at", "i8"),  # f8 (N, ENGINE_COLUMNS), column by column, view of the pending decision
         ("request_row_at", "i8"),  # f8 (REQUEST_COLUMNS,)
         ("scores_at", "i8"),  # f8 (N,)
         ("queue_row_at", "i8"),  # f8 (QUEUE_COLUMNS,)

@@ -1,7 +1,8 @@
 """The common step: every decoding request decodes, and the requests behind them on the running list prefill.
 
 Then decoding requests need no look at each of them: sums tell what they cost, and counts by phase how many begin a new
-block. vLLM's own walk comes to the same schedule as long as blocks and the token budget suffice, which is checked first.
+block. vLLM's own walk comes to the same schedule as long as blocks and the token budget suffice, which is checked
+first.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ def _chunk(s: State, engine: Engine, i: int, budget: int, threshold: int) -> int
 
 @jit
 def schedule_steady(s: State, engine: Engine, threshold: int) -> int:
-    """Schedule the running requests; returns the token budget that is left, or -1, with nothing changed, if vLLM's
-    walk is needed.
+    """Schedule the running requests.
+
+    Returns:
+        The token budget that is left, or -1, with nothing changed, if vLLM's walk is needed.
     """
     size = engine.block_size
     decoding = engine.decoding
@@ -103,7 +106,7 @@ def finish_steady_step(s: State, engine: Engine, now: float) -> None:
     engine.context += decoding
     if engine.tick < engine.next_finish and running == decoding:
         return
-    settle_integrals(engine, now)
+    settle_integrals(s, engine, now)
     kept = decoding
     if engine.tick >= engine.next_finish:
         kept = 0
