@@ -64,4 +64,5 @@ class RoundRobin(Heuristic):
         count = engines.shape[0]
         first = int(request[R_LAST_ENGINE]) + 1
         for i in range(count):
-            out[i] = (i - first) % count if engines[i, E_AVAILABLE] > 0.0 else np.inf
+            place = i - first if i >= first else i - first + count
+            out[i] = place if engines[i, E_AVAILABLE] > 0.0 else np.inf

@@ -37,7 +37,7 @@ class LeastRequests(Heuristic):
         first = int(request[R_LAST_ENGINE]) + 1
         for i in range(count):
             if engines[i, E_AVAILABLE] > 0.0:
-                out[i] = engines[i, E_INFLIGHT] + TURN * ((i - first) % count)
+                out[i] = engines[i, E_INFLIGHT] + TURN * (i - first if i >= first else i - first + count)
             else:
                 out[i] = np.inf
 

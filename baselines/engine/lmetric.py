@@ -46,6 +46,6 @@ class LMetric(Heuristic):
             if engines[i, E_AVAILABLE] > 0.0:
                 prefill = engines[i, E_PREFILL_TOKENS] + max(request[R_PROMPT_TOKENS] - engines[i, E_HIT_TOKENS], 1.0)
                 product = prefill * (engines[i, E_INFLIGHT] + 1.0)
-                out[i] = product + TURN * ((i - first) % count)
+                out[i] = product + TURN * (i - first if i >= first else i - first + count)
             else:
                 out[i] = np.inf

@@ -96,7 +96,7 @@ class LoadAware(Heuristic):
         for i in range(count):
             kv, load = engines[i, E_KV_USAGE], engines[i, E_INFLIGHT_PROMPT_TOKENS]
             if engines[i, E_AVAILABLE] > 0.0 and kv < theta_k and out[i] > 0.0:
-                out[i] = (i - first) % count
+                out[i] = i - first if i >= first else i - first + count
                 if not at_home and max_kv - min_kv > params[1]:
                     out[i] = kv + TURN * out[i]
                 elif not at_home and max_load - min_load > params[2]:

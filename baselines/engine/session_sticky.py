@@ -63,4 +63,4 @@ class SessionSticky(Heuristic):
                 elif fits and engines[i, E_USER_HOME] > 0.0:
                     out[i] = -1.0
                 else:
-                    out[i] = engines[i, E_INFLIGHT] + TURN * ((i - first) % count)
+                    out[i] = engines[i, E_INFLIGHT] + TURN * (i - first if i >= first else i - first + count)

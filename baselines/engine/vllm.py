@@ -51,12 +51,13 @@ class Vllm(Heuristic):
         dispatched = 0
         for i in range(count):
             dispatched += int(engines[i, E_DISPATCHED])
+        first = dispatched % max(count, 1)
         for i in range(count):
             if engines[i, E_AVAILABLE] > 0.0:
                 waiting = engines[i, E_WAITING] + engines[i, E_DISPATCHED_SINCE]
                 load = max(engines[i, E_INFLIGHT], waiting + engines[i, E_RUNNING])
                 load += waiting * 6.0 * max(0.0, engines[i, E_KV_USAGE] - 0.5)
-                out[i] = load + TURN * ((i - dispatched) % count)
+                out[i] = load + TURN * (i - first if i >= first else i - first + count)
             else:
                 out[i] = np.inf
 

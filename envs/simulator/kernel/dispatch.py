@@ -161,10 +161,12 @@ def _show_engines(s: State, view: Any, now: float) -> None:
 def _show_affinity(s: State, view: Any, r: int) -> None:
     """Write where the request's user, session and prompt have been before."""
     request = request_at(s.requests_at, r)
-    for e in range(s.engine_count):
-        view[e, E_USER_HOME] = 0.0
-        view[e, E_SESSION_HOME] = 0.0
-        view[e, E_HIT_TOKENS] = 0.0
+    if s.affinity_shown:
+        for e in range(s.engine_count):
+            view[e, E_USER_HOME] = 0.0
+            view[e, E_SESSION_HOME] = 0.0
+            view[e, E_HIT_TOKENS] = 0.0
+    s.affinity_shown = request.user != NONE or request.session != NONE or request.template != NONE
     longest = request.prompt - 1
     if request.template != NONE:
         for e in range(s.engine_count):
@@ -221,14 +223,15 @@ def choose(s: State) -> int:
             s.engine_param_count,
         )
     view = _view(s)
-    best, fallback = NONE, NONE
+    best, lowest = NONE, math.inf
     for e in range(s.engine_count):
-        if view[e, E_AVAILABLE] > 0.0:
-            if fallback == NONE:
-                fallback = e
-            if scores[e] < math.inf and (best == NONE or scores[e] < scores[best]):
-                best = e
-    return best if best != NONE else fallback
+        if scores[e] < lowest and view[e, E_AVAILABLE] > 0.0:
+            best, lowest = e, scores[e]
+    if best == NONE:  # the policy excluded all
+        for e in range(s.engine_count):
+            if view[e, E_AVAILABLE] > 0.0:
+                return e
+    return best
 
 
 @jit

@@ -177,6 +177,7 @@ CLUSTER = np.dtype(
         ("telemetry_period_s", "f8"),
         ("telemetry_lag_s", "f8"),
         ("telemetry_count", "i8"),
+        ("affinity_shown", "i8"),  # the view shows homes or hits
         ("shown_snapshot", "i8"),  # slot of the snapshot that the view shows
         ("order_engine", "i8"),
         ("stranded", "i8"),  # head of the list of requests that found no engine
