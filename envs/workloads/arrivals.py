@@ -173,7 +173,9 @@ class OnOff(_Modulated):
     process: Literal["on_off"]
     mean_on_s: Positive
     mean_off_s: Positive
-    off_rate: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="rate when off, share of that when on")
+    off_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="rate when off, share of that when on"
+    )
 
     def pieces(self, rng: np.random.Generator) -> Pieces:
         """Return a path of on and off periods."""

@@ -76,7 +76,9 @@ class LogNormal(_Distribution):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not len(self.weights) == len(self.mu) == len(self.sigma):
-            raise ValueError(f"as many weights ({len(self.weights)}) as mu ({len(self.mu)}) and sigma ({len(self.sigma)})")
+            raise ValueError(
+                f"as many weights ({len(self.weights)}) as mu ({len(self.mu)}) and sigma ({len(self.sigma)})"
+            )
         if self.high is not None and self.high < self.low:
             raise ValueError(f"high ({self.high}) at least as large as low ({self.low})")
         return self
@@ -142,7 +144,7 @@ class Zipf(_Distribution):
 
 
 class Geometric(_Distribution):
-    """Number of turns until a stop: the first turn is the last with probability ``first_p``, every later one with ``p``.
+    """Number of turns until a stop: the first is the last with probability ``first_p``, every later one with ``p``.
 
     ``P(1) = first_p`` and ``P(n) = (1 - first_p) (1 - p) ** (n - 2) p`` after that; ``first_p`` defaults to ``p``, the
     plain geometric distribution. The mean is ``1 + (1 - first_p) / p``.
@@ -190,7 +192,8 @@ Distribution = Annotated[
 def choose(weights: npt.ArrayLike, rng: np.random.Generator, count: int) -> npt.NDArray[np.intp]:
     """Draw indices with probability proportional to ``weights``, one uniform number each. Shape (count,)."""
     cumulative = np.cumsum(np.asarray(weights, dtype=np.float64))
-    return np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
+    chosen: npt.NDArray[np.intp] = np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
+    return chosen
 
 
 def zipf_weights(count: int, exponent: float) -> Float:

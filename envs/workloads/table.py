@@ -72,7 +72,11 @@ class RequestTable:
 
     @classmethod
     def build(
-        cls, arrival_s: npt.ArrayLike, prompt_tokens: npt.ArrayLike, output_tokens: npt.ArrayLike, **columns: npt.ArrayLike
+        cls,
+        arrival_s: npt.ArrayLike,
+        prompt_tokens: npt.ArrayLike,
+        output_tokens: npt.ArrayLike,
+        **columns: npt.ArrayLike,
     ) -> RequestTable:
         """Make a table from the three columns that every request has; the others default to "none".
 
@@ -108,6 +112,14 @@ class RequestTable:
     def scaled(self, rate_factor: float) -> RequestTable:
         """Return the same requests with arrivals ``rate_factor`` times as dense; think times are left alone."""
         return replace(self, arrival_s=self.arrival_s / rate_factor)
+
+    def at_rate(self, rate_rps: float) -> RequestTable:
+        """Return the same requests at a mean rate of ``rate_rps`` over the span of their arrivals; see :meth:`scaled`.
+
+        The rate is ``(requests - 1) / span``; requests that all arrive at once stay as they are.
+        """
+        span_s = float(self.arrival_s.max() - self.arrival_s.min()) if len(self) else 0.0
+        return self.scaled(rate_rps * span_s / (len(self) - 1)) if span_s > 0 else self
 
     def take(self, rows: npt.ArrayLike) -> RequestTable:
         """Return a selection of the requests; a follow-up without its previous turn arrives at its ``arrival_s``.

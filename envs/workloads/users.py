@@ -47,7 +47,7 @@ class Priorities(Config):
 
 
 class Deadline(Config):
-    """Time by which the first token is due: ``base_s + per_1k_prompt_tokens_s * prompt_tokens / 1000`` after arrival."""
+    """Time by which the first token is due: ``base_s + per_1k_prompt_tokens_s * prompt_tokens / 1000``."""
 
     base_s: Positive
     per_1k_prompt_tokens_s: NonNegative = 0.0
@@ -58,9 +58,9 @@ class Deadline(Config):
 
 
 class Prediction(Config):
-    """A predictor of output lengths with lognormal error: ``predicted = output * exp(sigma * z)``, ``z`` standard normal.
+    """A predictor of output lengths with lognormal error: ``output_tokens * exp(sigma * z)``, ``z`` standard normal.
 
-    The median prediction is right, and ``sigma`` 0 is an oracle. Learned predictors reach about 0.3 to 0.7.
+    The median prediction is right, and ``sigma`` 0 is an oracle.
     """
 
     sigma: NonNegative

@@ -196,11 +196,11 @@ def advance(cluster: Any, horizon: float, action: int) -> int:
         hand_over(s, r, action, s.now_s)
     while True:
         snapshot = s.telemetry_count * s.telemetry_period_s if s.telemetry_period_s > 0.0 else math.inf
-        if next_arrival_s(s) == math.inf and _next_engine_event_s(s) == math.inf:
-            return DONE
         if not _advance_all(s, min(horizon, min(next_arrival_s(s), snapshot))):
             return ORDER
         arrival = next_arrival_s(s)
+        if arrival == math.inf and _next_engine_event_s(s) == math.inf:
+            return DONE
         if horizon <= min(arrival, snapshot) and horizon < math.inf:
             s.now_s = max(s.now_s, horizon)
             return HORIZON

@@ -1,0 +1,89 @@
+"""Features: known values, equivariance, masking, finiteness."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from servegym.baselines.features import ENGINE_FEATURE_NAMES, REQUEST_FEATURE_NAMES, dispatch_features
+from servegym.baselines.interface import (
+    E_AVAILABLE,
+    E_DECODE_STEP_S,
+    E_HIT_TOKENS,
+    E_INFLIGHT,
+    E_KV_TOKENS,
+    E_KV_USAGE,
+    E_MAX_NUM_SEQS,
+    E_PREFILL_TOKENS,
+    E_PREFILL_TOKENS_PER_S,
+    E_TTFT_EWMA_S,
+    ENGINE_COLUMNS,
+    EngineViews,
+    FloatArray,
+    RequestView,
+)
+
+
+def _engines(count: int) -> FloatArray:
+    rng = np.random.default_rng(0)
+    data = rng.uniform(0, 50, (count, ENGINE_COLUMNS))
+    data[:, E_AVAILABLE] = 1.0
+    data[:, E_KV_USAGE] = rng.uniform(0, 1, count)
+    data[:, E_MAX_NUM_SEQS], data[:, E_KV_TOKENS] = 256, 750_000
+    data[:, E_PREFILL_TOKENS_PER_S], data[:, E_DECODE_STEP_S] = 60_000, 0.004
+    return data
+
+
+REQUEST = RequestView(index=3, now_s=1.0, arrival_s=1.0, prompt_tokens=800, turn=1)
+
+
+def test_values_of_one_engine() -> None:
+    data = _engines(2)
+    data[0, E_PREFILL_TOKENS], data[0, E_HIT_TOKENS], data[0, E_INFLIGHT] = 1500.0, 300.0, 7.0
+    data[0, E_TTFT_EWMA_S] = 0.3
+    engines, request = dispatch_features(REQUEST, EngineViews(data))
+    first = dict(zip(ENGINE_FEATURE_NAMES, engines[0].tolist(), strict=True))
+    assert first["log_prefill_work"] == pytest.approx(np.log(2.0), abs=1e-6)
+    assert first["log_batch"] == pytest.approx(np.log(8 / 32), abs=1e-6)
+    assert first["hit_share"] == pytest.approx(300 / 800)
+    assert first["batch_share"] == pytest.approx(7 / 256)
+    assert first["ttft"] == pytest.approx(np.log(4.0), abs=1e-6)
+    assert first["prefill_time"] == pytest.approx(np.log1p(2000 / 60_000 / 0.1), abs=1e-6)
+    named = dict(zip(REQUEST_FEATURE_NAMES, request.tolist(), strict=True))
+    assert named["log_prompt"] == pytest.approx(np.log(0.8), abs=1e-6)
+    assert (named["follow_up"], named["urgency"]) == (1.0, 0.0)
+    assert named["log_engines"] == pytest.approx(np.log(2.0), abs=1e-6)
+
+
+def test_relative_features_are_zero_at_the_best_engine() -> None:
+    engines, _ = dispatch_features(REQUEST, EngineViews(_engines(5)))
+    for name in ("relative_prefill_work", "relative_batch", "relative_kv_usage"):
+        column = engines[:, ENGINE_FEATURE_NAMES.index(name)]
+        assert column.min() == 0.0
+        assert (column[1:] != column[0]).any()
+
+
+def test_permuting_engines_permutes_their_features() -> None:
+    data, order = _engines(6), [3, 0, 5, 1, 4, 2]
+    engines, request = dispatch_features(REQUEST, EngineViews(data))
+    permuted, same = dispatch_features(REQUEST, EngineViews(data[order]))
+    np.testing.assert_array_equal(permuted, engines[order])
+    np.testing.assert_allclose(same, request, rtol=1e-6)
+
+
+def test_unavailable_engines_are_zero_and_count_for_nothing() -> None:
+    data = _engines(4)
+    data[2, E_AVAILABLE] = 0.0
+    engines, request = dispatch_features(REQUEST, EngineViews(data))
+    fewer, without = dispatch_features(REQUEST, EngineViews(np.delete(data, 2, axis=0)))
+    assert (engines[2] == 0).all()
+    np.testing.assert_array_equal(np.delete(engines, 2, axis=0), fewer)
+    np.testing.assert_array_equal(request, without)
+
+
+def test_idle_engines_give_finite_features() -> None:
+    data = _engines(3)
+    data[:, 1:E_MAX_NUM_SEQS] = 0.0
+    engines, request = dispatch_features(RequestView(0, 0.0, 0.0, 1), EngineViews(data))
+    assert np.isfinite(engines).all()
+    assert np.isfinite(request).all()
