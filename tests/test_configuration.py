@@ -73,9 +73,9 @@ def test_overrides_are_read_as_yaml_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("name: x", encoding="utf-8")
     assert load_config(Outer, path, "train", ["inner.rate_rps=2.5"]).inner.rate_rps == 2.5
-    with pytest.raises(InputError, match="inner.rate_rps: got 'fast'"):
+    with pytest.raises(InputError, match=r"inner\.rate_rps: got 'fast'"):
         load_config(Outer, path, "train", ["inner.rate_rps=fast"])
-    with pytest.raises(InputError, match="allowed: key.subkey=value"):
+    with pytest.raises(InputError, match=r"allowed: key\.subkey=value"):
         apply_overrides({}, ["nothing"])
     with pytest.raises(InputError, match="which has no keys of its own"):
         apply_overrides({"a": 1}, ["a.b=2"])

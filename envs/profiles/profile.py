@@ -23,6 +23,7 @@ file, the field, the value and what is allowed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -31,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from servegym.configuration import Config, load_config
+from servegym.configuration import Config, find_config, load_config
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -186,4 +187,11 @@ def load_profile(reference: str | Path) -> Profile:
     Raises:
         InputError: unknown name, or a field that is missing or wrong.
     """
-    return load_config(Profile, reference, "profiles")
+    path = find_config(reference, "profiles")
+    return _load_cached(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _load_cached(path: Path, modified_ns: int) -> Profile:
+    """Parse each version of a file once: training builds clusters by the thousand."""
+    return load_config(Profile, path, "profiles")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from servegym.baselines.interface import (
     QUEUE_COLUMNS,
     REQUEST_COLUMNS,
 )
-from servegym.envs.profiles.profile import EngineLimits, StepCost
+from servegym.envs.profiles.profile import EngineLimits, Profile, StepCost
+from servegym.envs.profiles.rates import decode_step_s, prefill_tokens_per_s
 from servegym.envs.simulator.config import EngineSpec, Telemetry
 from servegym.envs.simulator.kernel.blocks import reset_pools
 from servegym.envs.simulator.kernel.progress import NEVER
@@ -85,10 +87,10 @@ class Memory:
         self.totals = np.zeros((count if record_totals else 0, 3))
         longest = int((table.prompt_tokens + table.output_tokens).max())
         costs = _costs(engines, lockstep)
-        for record, spec, profile in zip(self.engines, engines, _profile_indices(engines), strict=True):
+        for record, spec, cost in zip(self.engines, engines, costs, strict=True):
             self._lay_out_engine(record, spec.limits, longest, templates)
-            record["local_cost_at"] = self._own(costs[profile].local_table_s)
-            record["moe_cost_at"] = self._own(costs[profile].moe_table_s)
+            record["local_cost_at"] = self._own(cost.local_table_s)
+            record["moe_cost_at"] = self._own(cost.moe_table_s)
         depth = 2 + int(np.ceil(telemetry.lag_s / telemetry.period_s)) if telemetry.period_s > 0 else 1
         roots = np.flatnonzero(table.parent < 0).astype(np.int32)
         parameters = [np.array(values, dtype=np.float64) for values in (engine_params, request_params)]
@@ -160,24 +162,26 @@ class Memory:
 
     def _lay_out_engine(self, record: Any, limits: EngineLimits, longest: int, templates: int) -> None:
         seqs, blocks = limits.max_num_seqs, limits.num_blocks
-        shapes: dict[str, tuple[int, npt.DTypeLike]] = {
-            "running": (seqs, np.int32),
-            "scheduled": (seqs, np.int32),
-            "preempted": (seqs, np.int32),
-            "phase_of": (seqs, np.int32),
+        # Only these must begin as zeros; the others are written before they are read.
+        zeros: dict[str, tuple[int, npt.DTypeLike]] = {
             "phases": (limits.block_size, np.int32),
             "template_seen": (templates, np.int8),
+        }
+        shapes: dict[str, tuple[int, npt.DTypeLike]] = {
+            name: (seqs, np.int32) for name in ("running", "scheduled", "preempted", "phase_of", "rows")
         }
         if limits.enable_prefix_caching:
             # Twice the blocks, at least: a table at most half full keeps probe sequences short.
             slots = 1 << (2 * blocks).bit_length()
             record["table_mask"] = record["free_mask"] = slots - 1
             record["row_length"] = longest // limits.block_size + 1
-            shapes |= {"blocks": (blocks, BLOCK), "table_keys": (slots, np.int64), "free": (slots, np.int32)}
-            shapes |= {"table_blocks": (slots, np.int32), "rows": (seqs, np.int32)}
-            shapes |= {"block_tables": (seqs * int(record["row_length"]), np.int32)}
-        for name, (length, dtype) in shapes.items():
+            zeros["table_keys"] = (slots, np.int64)
+            shapes |= {"blocks": (blocks, BLOCK), "front": (blocks, np.int32), "free": (slots, np.int32)}
+            shapes |= {"table_blocks": (slots, np.int32), "block_tables": (seqs * record["row_length"], np.int32)}
+        for name, (length, dtype) in zeros.items():
             record[f"{name}_at"] = self._own(np.zeros(length, dtype=dtype))
+        for name, (length, dtype) in shapes.items():
+            record[f"{name}_at"] = self._own(np.empty(length, dtype=dtype))
 
 
 def check_fit(table: RequestTable, engines: Sequence[EngineSpec], source: str) -> None:
@@ -249,7 +253,7 @@ def _engines(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any]:
     records = np.zeros(len(engines), dtype=ENGINE)
     records["index"] = np.arange(len(engines))
     for record, spec in zip(records, engines, strict=True):
-        limit, cost = spec.limits, spec.profile.compile(spec.limits.max_num_batched_tokens)
+        limit, cost = spec.limits, _compiled(spec.profile, spec.limits.max_num_batched_tokens)
         record["block_size"] = limit.block_size
         record["num_blocks"] = limit.num_blocks
         record["max_num_seqs"] = limit.max_num_seqs
@@ -261,29 +265,21 @@ def _engines(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any]:
         record["fixed_s"], record["sequence_s"] = cost.fixed_s, cost.sequence_s
         record["pair_s"], record["context_s"] = cost.pair_s, cost.context_s
         record["slowdown"] = spec.slowdown
-        budget = limit.max_num_batched_tokens
-        record["prefill_tokens_per_s"] = budget / (cost.step_s([(0, budget)], []) * spec.slowdown)
-        record["decode_step_s"] = cost.step_s([], [1]) * spec.slowdown
+        record["prefill_tokens_per_s"] = prefill_tokens_per_s(spec.profile) / spec.slowdown
+        record["decode_step_s"] = decode_step_s(spec.profile) * spec.slowdown
         record["next_finish"] = NEVER
         record["queue_head"] = record["queue_tail"] = record["front"] = record["heap"] = NONE
         record["accepting"] = record["alive"] = record["reporting"] = 1
     return records
 
 
-def _profile_indices(engines: Sequence[EngineSpec]) -> list[int]:
-    distinct: list[str] = []
-    indices = []
-    for spec in engines:
-        key = spec.profile.model_dump_json()
-        if key not in distinct:
-            distinct.append(key)
-        indices.append(distinct.index(key))
-    return indices
-
-
 def _costs(engines: Sequence[EngineSpec], lockstep: bool) -> list[StepCost]:
-    """Tabulated step costs, one per distinct profile; in lockstep MoE layers see the tokens of all ranks."""
-    indices = _profile_indices(engines)
-    profiles = [engines[indices.index(i)].profile for i in range(max(indices) + 1)]
-    budget = max(spec.limits.max_num_batched_tokens for spec in engines)
-    return [profile.compile(budget * (len(engines) if lockstep else 1)) for profile in profiles]
+    """Tabulated step costs of each engine; in lockstep MoE layers see the tokens of all ranks."""
+    budget = max(spec.limits.max_num_batched_tokens for spec in engines) * (len(engines) if lockstep else 1)
+    return [_compiled(spec.profile, budget) for spec in engines]
+
+
+@lru_cache(maxsize=64)
+def _compiled(profile: Profile, max_tokens: int) -> StepCost:
+    """Tabulate a profile once: the kernel only reads the tables."""
+    return profile.compile(max_tokens)

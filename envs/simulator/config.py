@@ -95,14 +95,20 @@ class ClusterConfig(Config):
             if self.moe_imbalance is not None:
                 step_time = profile.step_time.model_copy(update={"moe_imbalance": self.moe_imbalance})
                 profile = profile.model_copy(update={"step_time": step_time})
-            limits = validate(EngineLimits, profile.engine.model_dump() | group.engine, f"{source}: engine")
-            specs += [EngineSpec(profile=profile, limits=limits, slowdown=group.slowdown)] * group.count
+            if group.engine:
+                limits = validate(EngineLimits, profile.engine.model_dump() | group.engine, f"{source}: engine")
+                profile = profile.model_copy(update={"engine": limits})
+            specs += [EngineSpec(profile=profile, slowdown=group.slowdown)] * group.count
         return specs
 
 
 class EngineSpec(Config):
-    """One engine, resolved."""
+    """One engine, resolved: overrides are part of the profile."""
 
     profile: Profile
-    limits: EngineLimits
     slowdown: float = 1.0
+
+    @property
+    def limits(self) -> EngineLimits:
+        """The engine's limits."""
+        return self.profile.engine

@@ -135,7 +135,7 @@ def _memory(spec: ScheduleSpec, source: str) -> Memory:
     order = ORDER_PRIORITY if spec.policy == "priority" else ORDER_FCFS
     memory = Memory(
         table,
-        [EngineSpec(profile=profile, limits=limits)],
+        [EngineSpec(profile=profile)],
         order=order,
         telemetry=Telemetry(period_s=0),
         source=source,

@@ -1,4 +1,4 @@
-"""Time of one step of ``EngineDispatch-v0``: 4 engines with 32 to 64 running requests each, beside the policy's own time.
+"""Time of one step of ``EngineDispatch-v0`` beside the policy's own: 4 engines with 32 to 64 running requests each.
 
 Run with ``pytest tests/benchmarks -s``.
 """

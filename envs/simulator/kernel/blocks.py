@@ -4,7 +4,8 @@ Without prefix caching blocks are interchangeable and a count is all. With it, t
 decides what stays cached, so the free queue is kept exactly as vLLM 0.32 keeps it (``block_pool.py``): blocks are taken
 from the front; of a freed request, blocks without hash go to the front, hashed ones to the back, last block first.
 
-The queue is a ring, from which a block that is found again is taken by leaving a hole. Blocks whose content no other
+The queue stands in three parts: a stack of unhashed blocks at its front, the blocks never used so far, and a ring of
+hashed blocks, from which a block that is found again is taken by leaving a hole. Blocks whose content no other
 request can have (*private* ones, most blocks of most workloads) stay out of the hash table until their request is
 preempted, the only event after which they can be found; nothing is kept per private block, so that they cost no cache
 misses.
@@ -161,16 +162,21 @@ def _compact(engine: Engine) -> None:
 @jit
 def _prepend(engine: Engine, block: int) -> None:
     """Put an unhashed block before all others."""
-    if engine.free_entries > engine.free_mask:
-        _compact(engine)
-    engine.free_head = (engine.free_head - 1) & engine.free_mask
-    ints(engine.free_at)[engine.free_head] = block
-    engine.free_entries += 1
+    ints(engine.front_at)[engine.front_count] = block
+    engine.front_count += 1
 
 
 @jit
 def take_block(engine: Engine) -> int:
     """Take the first free block, evicting what it cached."""
+    if engine.front_count > 0:
+        engine.front_count -= 1
+        engine.free_blocks -= 1
+        return ints(engine.front_at)[engine.front_count]
+    if engine.untouched < engine.num_blocks:
+        engine.untouched += 1
+        engine.free_blocks -= 1
+        return engine.untouched - 1
     while True:
         entry = ints(engine.free_at)[engine.free_head]
         engine.free_head = (engine.free_head + 1) & engine.free_mask
@@ -195,17 +201,21 @@ def touch_block(engine: Engine, block: int) -> None:
 
 
 @jit
+def clear_cache(engine: Engine) -> None:
+    """Forget all cached content."""
+    if engine.prefix_caching:
+        for i in range(engine.table_mask + 1):
+            longs(engine.table_keys_at)[i] = 0
+
+
+@jit
 def reset_pool(engine: Engine) -> None:
-    """All blocks free and nothing cached; block 0 is vLLM's null block and never handed out."""
+    """All blocks free; block 0 is vLLM's null block and never handed out. The cache must be empty."""
     engine.free_blocks = engine.num_blocks - 1
     if not engine.prefix_caching:
         return
-    for i in range(engine.table_mask + 1):
-        longs(engine.table_keys_at)[i] = 0
-    for block in range(1, engine.num_blocks):
-        ints(engine.free_at)[block - 1] = block
-    engine.free_head = 0
-    engine.free_entries = engine.num_blocks - 1
+    engine.untouched = 1
+    engine.front_count = engine.free_head = engine.free_entries = 0
     for row in range(engine.max_num_seqs):
         ints(engine.rows_at)[row] = row
     engine.rows_free = engine.max_num_seqs

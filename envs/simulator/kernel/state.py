@@ -127,7 +127,10 @@ ENGINE = np.dtype(
         ("phase_of_at", "i8"),  # i4 (S,) that phase of each running request, NONE while it does not decode
         # Prefix caching only.
         ("blocks_at", "i8"),  # BLOCK (B,)
-        ("free_at", "i8"),  # i4 (free_mask + 1,) ring of free blocks in order of reuse
+        ("untouched", "i8"),  # the first block that was never used; free, as are all above it
+        ("front_at", "i8"),  # i4 (B,) stack of free blocks without hash, used before all others
+        ("front_count", "i8"),
+        ("free_at", "i8"),  # i4 (free_mask + 1,) ring of free hashed blocks in order of reuse
         ("free_mask", "i8"),
         ("free_head", "i8"),
         ("free_entries", "i8"),  # holes included
