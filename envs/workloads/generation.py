@@ -70,6 +70,7 @@ def generate(
         InputError: neither ``requests`` nor ``duration_s``, a rate that is not positive, or no request at all.
     """
     _check_arguments(config, rate_rps, requests, duration_s, max_tokens)
+    max_tokens = min((limit for limit in (config.max_tokens, max_tokens) if limit is not None), default=None)
     streams = _Streams(seed)
     if config.trace is not None:
         return _from_trace(config, streams, rate_rps, requests, duration_s, max_tokens)

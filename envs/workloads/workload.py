@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,9 @@ class WorkloadConfig(Config):
     arrivals: Arrivals | None = Field(default=None, description="of requests, or of sessions")
     prompt_tokens: Distribution | None = Field(default=None, description="prompt of a request, or of a first turn")
     output_tokens: Distribution | None = None
+    max_tokens: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="prompt + output of a request, at most, however long a context the engines allow"
+    )
     sessions: Sessions | None = None
     templates: tuple[Templates, ...] = ()
     users: Users | None = None
