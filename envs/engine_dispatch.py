@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self, SupportsFloat
+from typing import Annotated, Any, Self, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
@@ -25,6 +25,7 @@ from servegym.envs.simulator.metrics import RunOutcome
 from servegym.errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
+Observation = dict[str, npt.NDArray[Any]]
 
 
 class EngineDispatchConfig(Config):
@@ -55,7 +56,7 @@ class EngineDispatchConfig(Config):
         return self
 
 
-class EngineDispatchEnv(gym.Env[dict[str, npt.NDArray[Any]], np.int64]):
+class EngineDispatchEnv(gym.Env[Observation, np.int64]):
     """Dispatch each arriving request to one of N engines.
 
     ## Description
@@ -96,7 +97,7 @@ class EngineDispatchEnv(gym.Env[dict[str, npt.NDArray[Any]], np.int64]):
     `config`: an :class:`EngineDispatchConfig`, or a mapping with its fields.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"]}
+    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
 
     def __init__(
         self, config: EngineDispatchConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None
@@ -117,7 +118,7 @@ class EngineDispatchEnv(gym.Env[dict[str, npt.NDArray[Any]], np.int64]):
         self._mask = np.zeros(self.max_engines, dtype=np.int8)
         self._mask[0] = 1
         self.action_space = spaces.Discrete(self.max_engines)
-        self.observation_space = spaces.Dict(
+        self.observation_space: spaces.Dict = spaces.Dict(  # type: ignore[assignment]
             {
                 "engines": spaces.Box(-np.inf, np.inf, (self.max_engines, len(ENGINE_FEATURES)), np.float32),
                 "request": spaces.Box(-np.inf, np.inf, (len(REQUEST_FEATURES),), np.float32),
@@ -131,7 +132,7 @@ class EngineDispatchEnv(gym.Env[dict[str, npt.NDArray[Any]], np.int64]):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode; see the class."""
         super().reset(seed=seed)
         config, rng = self.config, self.np_random
@@ -162,9 +163,7 @@ class EngineDispatchEnv(gym.Env[dict[str, npt.NDArray[Any]], np.int64]):
         observation = self._observe()
         return observation, {"action_mask": self._mask.copy(), "seed": run_seed, "engines": cluster.size}
 
-    def step(
-        self, action: np.int64 | int
-    ) -> tuple[dict[str, npt.NDArray[Any]], SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64 | int) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
         """Send the pending request to an engine and advance to the next one."""
         run = self._run
         if run is None:
@@ -203,7 +202,7 @@ class EngineDispatchEnv(gym.Env[dict[str, npt.NDArray[Any]], np.int64]):
         self._now_s = run.now_s
         return np.asarray(-self._weights * gained)
 
-    def _observe(self) -> dict[str, npt.NDArray[Any]]:
+    def _observe(self) -> Observation:
         run = self._run
         assert run is not None
         view = run.memory.engine_view
@@ -212,10 +211,10 @@ class EngineDispatchEnv(gym.Env[dict[str, npt.NDArray[Any]], np.int64]):
         fill_dispatch_features(run.memory.request_row, view, engines, request)
         self._mask = np.zeros(self.max_engines, dtype=np.int8)
         self._mask[: len(view)] = view[:, E_AVAILABLE]
-        self._last = {"engines": engines, "request": request, "mask": self._mask}
+        self._last: Observation = {"engines": engines, "request": request, "mask": self._mask}
         return self._last
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """Return a line of text per engine: running, waiting and KV use now."""
         if self.render_mode != "ansi" or self._run is None:
             return None
