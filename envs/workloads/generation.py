@@ -192,8 +192,8 @@ def _draw_turns(config: WorkloadConfig, streams: _Streams, count: int, max_token
 def _window(drawn: _Drawn, roots: Float, span_s: float) -> RequestTable:
     """Place sessions in ``[0, span_s)`` by wrapping their time line around."""
     elapsed = np.cumsum(drawn.think_s)
-    first = np.searchsorted(drawn.session, np.arange(len(roots)))
-    due = roots[drawn.session] + elapsed - elapsed[first][drawn.session]
+    firsts = np.searchsorted(drawn.session, np.arange(len(roots)))
+    due = roots[drawn.session] + (elapsed - elapsed[firsts][drawn.session])
     lap = np.floor(due / span_s)
     arrival = np.clip(due - lap * span_s, 0.0, np.nextafter(span_s, 0.0))
     turn = drawn.columns["turn"]

@@ -160,12 +160,20 @@ class RequestTable:
             value = getattr(self, item.name)
             if isinstance(value, np.ndarray) and not item.name.startswith("prefix_") and len(value) != count:
                 raise InputError(source, item.name, f"got {len(value)} values; allowed: {count}, one per request")
-        for name, lowest in (("arrival_s", 0.0), ("prompt_tokens", 1), ("output_tokens", 1), ("think_s", 0.0)):
+        lowest_allowed = {"arrival_s": 0.0, "prompt_tokens": 1, "output_tokens": 1, "think_s": 0.0, "template_tokens": 0}
+        for name, lowest in lowest_allowed.items():
             column = getattr(self, name)
             bad = ~(np.isfinite(column) & (column >= lowest))
             if bad.any():
                 row = int(bad.argmax())
                 raise InputError(source, f"{name}[{row}]", f"got {column[row]}; allowed: a finite number >= {lowest}")
+        if not (self.deadline_s > 0).all():
+            row = int((self.deadline_s > 0).argmin())
+            raise InputError(source, f"deadline_s[{row}]", f"got {self.deadline_s[row]}; allowed: a number > 0, or inf")
+        if (self.template_tokens > self.prompt_tokens).any():
+            row = int((self.template_tokens > self.prompt_tokens).argmax())
+            problem = f"got {self.template_tokens[row]}; allowed: at most the prompt's {self.prompt_tokens[row]} tokens"
+            raise InputError(source, f"template_tokens[{row}]", problem)
         roots = self.arrival_s[self.parent < 0]
         if (np.diff(roots) < 0).any():
             raise InputError(source, "arrival_s", "not sorted; allowed: open-loop arrivals in order of time")
