@@ -170,6 +170,7 @@ class Memory:
         shapes: dict[str, tuple[int, npt.DTypeLike]] = {
             name: (seqs, np.int32) for name in ("running", "scheduled", "preempted", "phase_of", "rows")
         }
+        shapes["end_of"] = (seqs, np.int64)
         if limits.enable_prefix_caching:
             # Twice the blocks, at least: a table at most half full keeps probe sequences short.
             slots = 1 << (2 * blocks).bit_length()

@@ -18,7 +18,7 @@ def test_step_time() -> None:
     env = EngineDispatchEnv(
         {
             "cluster": {"engines": 4, "profile": "qwen3-30b-a3b-h200"},
-            "workload": {"name": "azure-conv", "load": 0.6},
+            "workload": {"name": "azure-conv", "load": 0.35},
             "episode_requests": 5000,
         }
     )

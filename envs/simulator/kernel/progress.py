@@ -11,9 +11,9 @@ import numpy as np
 from servegym.envs.simulator.kernel.arrivals import end_turn, log_event
 from servegym.envs.simulator.kernel.blocks import release
 from servegym.envs.simulator.kernel.jit import jit
-from servegym.envs.simulator.kernel.memory import ints, request_at
+from servegym.envs.simulator.kernel.memory import ints, longs, request_at
 from servegym.envs.simulator.kernel.queues import push_preempted
-from servegym.envs.simulator.kernel.state import DECODE, FINISHED, Engine, State
+from servegym.envs.simulator.kernel.state import DECODE, FINISHED, NONE, Engine, State
 
 NEVER = np.iinfo(np.int64).max
 _EWMA = 0.1  # weight of the newest sample in the router's latency averages
@@ -135,6 +135,18 @@ def finish_request(s: State, engine: Engine, r: int, now: float) -> None:
         itl = (now - request.first_s) / (request.output - 1)
         engine.itl_ewma_s += (itl - engine.itl_ewma_s) * (_EWMA if engine.itl_ewma_s > 0 else 1.0)
     end_turn(s, r, now)
+
+
+@jit
+def place_running(s: State, engine: Engine, r: int, position: int) -> None:
+    """Put a request on the running list, with what a step needs to know of it beside it."""
+    request = request_at(s.requests_at, r)
+    ints(engine.running_at)[position] = r
+    if request.status == DECODE:
+        ints(engine.phase_of_at)[position] = block_phase(s, engine, r)
+        longs(engine.end_of_at)[position] = request.tick0 + request.output
+    else:
+        ints(engine.phase_of_at)[position] = NONE
 
 
 @jit

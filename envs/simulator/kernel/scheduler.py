@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from servegym.envs.simulator.kernel.blocks import adopt_prefix, cached_prefix, evictable, grow
 from servegym.envs.simulator.kernel.jit import jit
-from servegym.envs.simulator.kernel.memory import floats, ints, request_at
+from servegym.envs.simulator.kernel.memory import floats, ints, longs, request_at
 from servegym.envs.simulator.kernel.progress import (
     NEVER,
     advance_prefill,
     block_phase,
     computed_tokens,
     finish_request,
+    place_running,
     preempt,
     settle_integrals,
     stop_decoding,
@@ -45,6 +46,7 @@ def _remove_running(s: State, engine: Engine, position: int) -> None:
         ints(engine.running_at)[i] = ints(engine.running_at)[i + 1]
         ints(engine.scheduled_at)[i] = ints(engine.scheduled_at)[i + 1]
         ints(engine.phase_of_at)[i] = ints(engine.phase_of_at)[i + 1]
+        longs(engine.end_of_at)[i] = longs(engine.end_of_at)[i + 1]
     engine.running -= 1
 
 
@@ -195,8 +197,7 @@ def finish_mixed_step(s: State, engine: Engine, now: float) -> None:
             continue
         if request.status == DECODE:
             next_finish = min(next_finish, request.tick0 + request.output)
-        ints(engine.running_at)[kept] = r
-        ints(engine.phase_of_at)[kept] = block_phase(s, engine, r) if request.status == DECODE else NONE
+        place_running(s, engine, r, kept)
         kept += 1
     engine.running = kept
     engine.next_finish = next_finish

@@ -124,6 +124,10 @@ ENGINE = np.dtype(
         ("scheduled_at", "i8"),  # i4 (S,) their tokens in the running step
         ("preempted_at", "i8"),  # i4 (S,) requests preempted by the running step
         ("phases_at", "i8"),  # i4 (block size,) number of decoding requests by the tick at which they need a block
+        (
+            "end_of_at",
+            "i8",
+        ),  # i8 (S,) tick at which each decoding request finishes, beside its place on the running list
         ("phase_of_at", "i8"),  # i4 (S,) that phase of each running request, NONE while it does not decode
         # Prefix caching only.
         ("blocks_at", "i8"),  # BLOCK (B,)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from servegym.envs.simulator.kernel.blocks import grow
 from servegym.envs.simulator.kernel.jit import jit
-from servegym.envs.simulator.kernel.memory import floats, ints, request_at
+from servegym.envs.simulator.kernel.memory import floats, ints, longs, request_at
 from servegym.envs.simulator.kernel.progress import (
     NEVER,
     advance_prefill,
-    block_phase,
     computed_tokens,
     finish_request,
+    place_running,
     settle_integrals,
     stop_decoding,
 )
-from servegym.envs.simulator.kernel.state import DECODE, NONE, Engine, State
+from servegym.envs.simulator.kernel.state import NONE, Engine, State
 
 
 @jit
@@ -112,8 +112,7 @@ def finish_steady_step(s: State, engine: Engine, now: float) -> None:
         kept = 0
         next_finish = NEVER
         for i in range(decoding):
-            r = ints(engine.running_at)[i]
-            end = request_at(s.requests_at, r).tick0 + request_at(s.requests_at, r).output
+            r, end = ints(engine.running_at)[i], longs(engine.end_of_at)[i]
             if end <= engine.tick:
                 stop_decoding(s, engine, r)
                 finish_request(s, engine, r, now)
@@ -121,14 +120,13 @@ def finish_steady_step(s: State, engine: Engine, now: float) -> None:
                 next_finish = min(next_finish, end)
                 ints(engine.running_at)[kept] = r
                 ints(engine.phase_of_at)[kept] = ints(engine.phase_of_at)[i]
+                longs(engine.end_of_at)[kept] = end
                 kept += 1
         engine.next_finish = next_finish
     for i in range(decoding, running):
         r = ints(engine.running_at)[i]
         if advance_prefill(s, engine, r, ints(engine.scheduled_at)[i], now):
             continue
-        ints(engine.running_at)[kept] = r
-        decodes = request_at(s.requests_at, r).status == DECODE
-        ints(engine.phase_of_at)[kept] = block_phase(s, engine, r) if decodes else NONE
+        place_running(s, engine, r, kept)
         kept += 1
     engine.running = kept

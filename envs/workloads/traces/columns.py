@@ -29,7 +29,8 @@ class BadValueError(ValueError):
         self.row = row
         self.value = value
         self.allowed = allowed
-        super().__init__(f"got {value!r}; allowed: {allowed}")
+        shown = repr(value.item() if isinstance(value, np.generic) else value)
+        super().__init__(f"got {shown if len(shown) <= 60 else shown[:57] + '...'}; allowed: {allowed}")
 
 
 class Kind(Protocol):

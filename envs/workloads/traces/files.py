@@ -7,7 +7,7 @@ import gzip
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -41,7 +41,7 @@ class TraceFile(ABC):
         """
         for name in required:
             if name not in self.columns:
-                raise self.missing(name)
+                raise self.missing(name, required)
         kinds = dict(required) | {name: kind for name, kind in (optional or {}).items() if name in self.columns}
         parts: dict[str, list[Array]] = {name: [] for name in kinds}
         rows = 0
@@ -56,9 +56,10 @@ class TraceFile(ABC):
             raise InputError(str(self.path), "", "no requests; allowed: at least 1")
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
-    def missing(self, name: str) -> InputError:
-        """Return the error for a missing column."""
-        return InputError(self._where(-1), name, f"missing column; {nearest(name, self.columns)}")
+    def missing(self, name: str, expected: Collection[str]) -> InputError:
+        """Return the error for a missing column, one of those expected; the hint leaves out the other ones."""
+        unused = [column for column in self.columns if column not in expected]
+        return InputError(self._where(-1), name, f"missing column; {nearest(name, unused or self.columns)}")
 
     @abstractmethod
     def _header(self) -> list[str]:

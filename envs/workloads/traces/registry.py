@@ -28,4 +28,4 @@ def detect(file: TraceFile) -> TraceFormat:
             return entry
     # The first of equally likely ones, thus the native format where nothing fits.
     columns, _ = max(known, key=lambda item: sum(name in file.columns for name in item[0]) / len(item[0]))
-    raise file.missing(next(name for name in columns if name not in file.columns))
+    raise file.missing(next(name for name in columns if name not in file.columns), columns)

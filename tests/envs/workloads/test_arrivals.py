@@ -80,12 +80,9 @@ def test_dispersion_of_a_cox_process() -> None:
 
 
 def test_correlation_of_a_cox_process() -> None:
-    times = make("ar1").sample(100 * RATE, np.random.default_rng(2), count=20_000_000 // 20)
+    times = make("ar1").sample(RATE, np.random.default_rng(4), count=1_000_000)
     counts = np.histogram(times, np.arange(0, times[-1], 60.0))[0]
-    assert len(counts) > 30
-    long = make("ar1").sample(RATE, np.random.default_rng(4), count=1_000_000)
-    counts = np.histogram(long, np.arange(0, long[-1], 60.0))[0]
-    # Of the variance 60 r = 300 is Poisson noise, the rest is the rate's, of which neighbouring minutes share 0.7.
+    # Of the variance 60 * RATE is Poisson noise, the rest is that of a lognormal rate.
     rate_variance = (60 * RATE) ** 2 * (math.exp(0.25**2) - 1)
     expected = (60 * RATE) ** 2 * (math.exp(0.7 * 0.25**2) - 1) / (rate_variance + 60 * RATE)
     assert np.corrcoef(counts[1:], counts[:-1])[0, 1] == pytest.approx(expected, abs=0.05)
@@ -174,7 +171,7 @@ def test_a_million_arrivals_take_well_under_two_seconds() -> None:
     start = time.perf_counter()
     for name in PROCESSES:
         make(name).sample(RATE, np.random.default_rng(0), count=1_000_000)
-    assert time.perf_counter() - start < 2.0 * len(PROCESSES) / 2
+    assert time.perf_counter() - start < 1.0 * len(PROCESSES)
 
 
 @pytest.mark.parametrize(

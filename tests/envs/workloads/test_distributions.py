@@ -58,7 +58,7 @@ def test_quantiles_reproduce_themselves() -> None:
     values = ADAPTER.validate_python({"kind": "quantiles", "values": tuple(knots)}).sample(
         np.random.default_rng(0), COUNT
     )
-    assert np.quantile(values, [0.1, 0.5, 0.9]) == pytest.approx(knots[[10, 50, 90]], rel=0.02)
+    assert (values[:, None] <= knots[::10]).mean(axis=0) == pytest.approx(np.linspace(0, 1, 11), abs=0.005)
     assert values.max() <= knots[-1]
 
 
