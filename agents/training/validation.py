@@ -9,6 +9,8 @@ import gymnasium as gym
 import numpy as np
 
 from servegym.agents.training.episodes import FinishedEpisode
+from servegym.baselines.heuristic import TURN, turns
+from servegym.baselines.interface import pick
 from servegym.engine_bridge.set_scorer import SetScorer
 from servegym.errors import InputError
 
@@ -25,11 +27,12 @@ def run_episode(scorer: SetScorer, env: gym.Env[Any, Any], seed: int) -> Finishe
         seed: of the episode.
     """
     observation, _ = env.reset(seed=seed)
-    reward, length = 0.0, 0
+    reward, length, action = 0.0, 0, -1
     while True:
         open_engines = observation["mask"] > 0
         logits = scorer.logits(observation["engines"], observation["request"], open_engines)
-        action = int(np.where(open_engines, logits, -np.inf).argmax())
+        # As BundlePolicy chooses: of equal engines, the next one after the previous request's.
+        action = pick(TURN * turns(len(logits), action + 1) - logits, open_engines)
         observation, gained, terminated, truncated, info = env.step(action)
         reward += float(gained)
         length += 1

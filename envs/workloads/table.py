@@ -160,7 +160,13 @@ class RequestTable:
             value = getattr(self, item.name)
             if isinstance(value, np.ndarray) and not item.name.startswith("prefix_") and len(value) != count:
                 raise InputError(source, item.name, f"got {len(value)} values; allowed: {count}, one per request")
-        lowest_allowed = {"arrival_s": 0.0, "prompt_tokens": 1, "output_tokens": 1, "think_s": 0.0, "template_tokens": 0}
+        lowest_allowed = {
+            "arrival_s": 0.0,
+            "prompt_tokens": 1,
+            "output_tokens": 1,
+            "think_s": 0.0,
+            "template_tokens": 0,
+        }
         for name, lowest in lowest_allowed.items():
             column = getattr(self, name)
             bad = ~(np.isfinite(column) & (column >= lowest))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -143,20 +142,23 @@ class Blocks:
     allowed: str = "a list of integers"
 
     def convert(self, values: Sequence[Any] | Array) -> Array:
-        """Return lists of int, shape (values,)."""
+        """Return an int64 array per value, shape (values,)."""
         lists = np.empty(len(values), dtype=object)
         for row, value in enumerate(values):
             try:
                 lists[row] = self._parse(value)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 raise BadValueError(row, value, self.allowed) from None
         return lists
 
-    def _parse(self, value: Any) -> list[int]:
+    def _parse(self, value: Any) -> npt.NDArray[np.int64]:
         if value is None:
-            return []
-        items = value.strip("[]").replace(",", " ").split() if isinstance(value, str) else value
-        return [int(item) for item in items]
+            return np.zeros(0, dtype=np.int64)
+        items = np.array(value.strip("[]").replace(",", " ").split() if isinstance(value, str) else list(value))
+        if items.size and (items.ndim != 1 or items.dtype.kind not in "iuU"):
+            raise ValueError(value)
+        # Hashes of 64 bits without sign wrap around, and stay distinct.
+        return items.astype(np.int64)
 
 
 SECONDS = Number()
@@ -176,6 +178,6 @@ def dense_ids(labels: Array) -> npt.NDArray[np.int32]:
 
 
 def flatten(lists: Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the lengths of lists, shape (lists,), and all their items in a row."""
+    """Return the lengths of lists of int, shape (lists,), and all their items in a row."""
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-    return lengths, np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum()))
+    return lengths, np.concatenate([np.zeros(0, dtype=np.int64), *lists])

@@ -18,7 +18,8 @@ import numpy as np
 from servegym.envs.workloads.traces.columns import Array, BadValueError, Kind
 from servegym.errors import InputError, nearest
 
-_CHUNK = 65_536
+# Rows at a time: a row may hold thousands of block ids.
+_CHUNK = 4096
 
 
 class TraceFile(ABC):

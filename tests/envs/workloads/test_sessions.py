@@ -97,7 +97,9 @@ def test_fit(prompt: int, output: int, limit: int) -> None:
         assert min(new_prompt, new_output) <= min(prompt, output)
 
 
-@pytest.mark.parametrize(("prompt", "output", "expected"), [(100, 10, (90, 10)), (10, 500, (10, 90)), (99, 99, (50, 50))])
+@pytest.mark.parametrize(
+    ("prompt", "output", "expected"), [(100, 10, (90, 10)), (10, 500, (10, 90)), (99, 99, (50, 50))]
+)
 def test_the_longer_part_gives_way(prompt: int, output: int, expected: tuple[int, int]) -> None:
     shorter = fit(np.array([prompt]), np.array([output]), 100)
     assert (int(shorter[0][0]), int(shorter[1][0])) == expected

@@ -83,12 +83,7 @@ def test_native_turns_are_counted_where_not_given(tmp_path: Path) -> None:
 
 
 def test_native_prefix_blocks(tmp_path: Path) -> None:
-    text = (
-        "arrival_s,prompt_tokens,output_tokens,prefix_blocks\n"
-        '2,33,1,"[1, 2, 3]"\n'
-        "0,40,1,1 2 4\n"
-        "1,31,1,9 2 3\n"
-    )
+    text = 'arrival_s,prompt_tokens,output_tokens,prefix_blocks\n2,33,1,"[1, 2, 3]"\n0,40,1,1 2 4\n1,31,1,9 2 3\n'
     table = load(write(tmp_path / "a.csv", text), prefix_block_tokens=10)
     assert table.prefix_block_tokens == 10
     assert np.diff(table.prefix_start).tolist() == [3, 3, 3]

@@ -39,7 +39,12 @@ def windows(tmp_path: Path) -> Path:
     rows += ["a,0,7200,8.0,1,Gamma,1.0,0"]
     path = tmp_path / "client_windows.csv"
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    columns = ["model", "client", "t", *(f"{part}_{item}" for part in PARTS for item in ("mean", *(f"q{q}" for q in LEVELS)))]
+    columns = [
+        "model",
+        "client",
+        "t",
+        *(f"{part}_{item}" for part in PARTS for item in ("mean", *(f"q{q}" for q in LEVELS))),
+    ]
     spread = (200.0, [100.0 + 10 * i for i in range(len(LEVELS))])
     lengths = [
         ",".join(columns),

@@ -1,0 +1,242 @@
+"""The command line. Exit codes: 0 done, 2 bad input (one line), 130 interrupted, 1 anything else."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from servegym.errors import InputError
+
+app = typer.Typer(
+    name="servegym",
+    help="Train, compare and deploy scheduling policies for serving Mixture-of-Experts models with vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; messages go to stderr.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config value: a.b=3.")]
+PolicyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        metavar="LAYER=NAME[,KEY=VALUE]",
+        help="request, engine or expert; a name of `servegym list`, module:Class, file.py:Class, or a bundle.",
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Overrides the config's seed.")]
+
+
+def main() -> None:
+    """Entry point: turns errors that a person can mend into one line."""
+    try:
+        app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()))
+    except (KeyboardInterrupt, click.Abort):
+        print("servegym: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _fail(message: str) -> None:
+    print(f"servegym: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _print_json(content: Any) -> None:
+    """Print one JSON object; numbers that do not exist become null."""
+    print(json.dumps(_finite(content), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@app.command("list")
+def list_command(as_json: Json = False) -> None:
+    """Show policies, environments, workloads, profiles and configs."""
+    from servegym.agents.catalogue import catalogue, tables
+
+    content = catalogue()
+    if as_json:
+        _print_json(content)
+        return
+    console = Console()
+    for table in tables(content):
+        console.print(table)
+
+
+@app.command()
+def simulate(
+    config: Annotated[str, typer.Argument(help="A simulate config: a YAML file, or the name of a shipped one.")],
+    policy: PolicyOption = None,
+    seed: Seed = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Simulate a cluster and print its metrics."""
+    import servegym.engine_bridge.bundle_policy  # noqa: F401 - makes bundles available by path
+    from servegym.agents.tables import simulation_table
+    from servegym.configuration import load_config
+    from servegym.envs.simulation import SimulationConfig
+    from servegym.envs.simulation import simulate as run
+
+    overrides = [*(settings or []), *_policy_overrides(policy, "policies")]
+    loaded = load_config(SimulationConfig, config, "simulate", overrides)
+    result = _with_bar("simulating", as_json, lambda report: run(loaded, seed=seed, progress=report))
+    if as_json:
+        _print_json(result.metrics())
+    else:
+        Console().print(simulation_table(result))
+
+
+@app.command()
+def train(
+    config: Annotated[str | None, typer.Argument(help="A train config; not with --resume.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/NAME/TIME.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    seed: Seed = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Overrides the config's total_steps.")] = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train a policy; the run folder holds checkpoints, TensorBoard logs and the best policy as a bundle."""
+    from servegym.agents.training.config import TrainConfig
+    from servegym.configuration import load_config
+
+    if (config is None) == (resume is None):
+        raise InputError("servegym train", "", "allowed: a config, or --resume with a run folder")
+    overrides = list(settings or [])
+    overrides += [f"seed={seed}"] if seed is not None else []
+    overrides += [f"total_steps={steps}"] if steps is not None else []
+    if resume is not None and overrides:
+        raise InputError("servegym train", "--resume", "a resumed run keeps its config; allowed: no overrides")
+    loaded = load_config(TrainConfig, config, "train", overrides) if config is not None else None
+    from servegym.agents.training.trainer import train as run
+
+    result = run(loaded, out=out, resume=resume, progress=not as_json)
+    if as_json:
+        _print_json(
+            {
+                "folder": str(result.folder),
+                "policy": str(result.policy),
+                "steps": result.steps,
+                "best_objective": result.best_objective,
+                "evaluation": result.evaluation,
+            }
+        )
+    else:
+        print(f"trained {result.steps:,} steps; best policy: {result.policy}")
+
+
+@app.command()
+def evaluate(
+    config: Annotated[str, typer.Argument(help="An evaluate config: a YAML file, or the name of a shipped one.")],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            metavar="LABEL=NAME",
+            help="Add an engine policy under a label: a bundle or run folder, a registered name, file.py:Class.",
+        ),
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Worker processes; default: one per core.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep finished cells here; a rerun goes on from them.")] = None,
+    parquet: Annotated[Path | None, typer.Option(help="Write all cells to this Parquet file.")] = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Compare policies on the same requests over workloads, loads and seeds."""
+    from servegym.agents.evaluation import EvaluationConfig
+    from servegym.agents.evaluation import evaluate as run
+    from servegym.configuration import load_config
+
+    overrides = [*(settings or []), *_label_overrides(policy)]
+    loaded = load_config(EvaluationConfig, config, "evaluate", overrides)
+    result = run(loaded, processes=processes, out=out, progress=not as_json)
+    if parquet is not None:
+        result.write_parquet(parquet)
+    if as_json:
+        _print_json(result.as_json())
+        return
+    console = Console()
+    for table in result.tables():
+        console.print(table)
+
+
+@app.command("schedule-trace")
+def schedule_trace(
+    spec: Annotated[str, typer.Argument(help="A JSON file as the documentation of the simulator describes; - for stdin.")],
+) -> None:
+    """Print what the simulated engine schedules at each step, one JSON object a line."""
+    from servegym.configuration import validate
+    from servegym.envs.simulator.schedule_trace import ScheduleSpec
+    from servegym.envs.simulator.schedule_trace import schedule_trace as run
+
+    try:
+        content = json.loads(sys.stdin.read() if spec == "-" else Path(spec).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(spec, "", f"cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{spec}:{error.lineno}:{error.colno}", "", f"not valid JSON: {error.msg}") from None
+    if not isinstance(content, dict):
+        raise InputError(spec, "", f"got a {type(content).__name__}; allowed: an object")
+    for line in run(validate(ScheduleSpec, content, spec), spec):
+        print(json.dumps(line))
+
+
+def _policy_overrides(options: list[str] | None, prefix: str) -> list[str]:
+    """Turn ``--policy engine=lmetric,x=1`` into overrides of a config."""
+    from servegym.baselines.registry import parse_policy_option
+
+    found = []
+    for option in options or []:
+        layer, spec = parse_policy_option(option)
+        found.append(f"{prefix}.{layer}={spec.model_dump_json()}")
+    return found
+
+
+def _label_overrides(options: list[str] | None) -> list[str]:
+    """Turn ``--policy learned=runs/x`` into an entry of an evaluation's policies."""
+    from servegym.baselines.registry import PolicySpec
+
+    found = []
+    for option in options or []:
+        label, equals, text = option.partition("=")
+        if not equals or not label.strip() or "." in label:
+            raise InputError("--policy", option, "allowed: LABEL=NAME, such as learned=runs/dispatch_ppo/latest")
+        found.append(f'policies.{label.strip()}={{"engine": {PolicySpec.parse(text).model_dump_json()}}}')
+    return found
+
+
+def _with_bar(title: str, quiet: bool, run: Callable[[Callable[[float], None] | None], Any]) -> Any:
+    """Run something that reports its progress as a share, with a bar where a person looks on."""
+    if quiet or not sys.stderr.isatty():
+        return run(None)
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+        return run(lambda share: bar.update(task, completed=share))

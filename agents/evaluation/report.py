@@ -1,0 +1,181 @@
+"""The result of an evaluation: paired statistics as a table, as JSON and as Parquet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+import servegym
+from servegym.agents.evaluation.config import EvaluationConfig
+from servegym.agents.statistics import (
+    Interval,
+    interquartile_mean,
+    mean_interval,
+    probability_of_improvement,
+    relative_difference,
+    stratified_bootstrap,
+)
+from servegym.errors import InputError
+
+# Metric -> (heading, path in a row, unit factor, decimals, whether lower is better).
+METRICS: dict[str, tuple[str, tuple[str, ...], float, int, bool]] = {
+    "ttft_s": ("TTFT ms", ("ttft_s", "mean"), 1e3, 1, True),
+    "ttft_p99_s": ("TTFT p99 ms", ("ttft_s", "p99"), 1e3, 1, True),
+    "tpot_s": ("TPOT ms", ("tpot_s", "mean"), 1e3, 2, True),
+    "e2e_s": ("E2E s", ("e2e_s", "mean"), 1.0, 3, True),
+    "throughput_rps": ("requests/s", ("throughput_rps",), 1.0, 2, False),
+    "goodput_rps": ("goodput/s", ("goodput_rps",), 1.0, 2, False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """All cells of an evaluation.
+
+    Attributes:
+        config: what was evaluated.
+        rows: a row per cell and policy: workload, load, seed, policy and the metrics of the run.
+    """
+
+    config: EvaluationConfig
+    rows: list[dict[str, Any]]
+
+    def values(self, metric: str, policy: str, workload: str, load: float) -> list[float]:
+        """Return the values of a metric over the seeds, in order of the seeds."""
+        path = METRICS[metric][1]
+        found = []
+        for row in self.rows:
+            if (row["policy"], row["workload"], row["load"]) == (policy, workload, load):
+                value: Any = row
+                for key in path:
+                    value = value[key]
+                found.append(np.nan if value is None else float(value))
+        return found
+
+    @property
+    def conditions(self) -> list[tuple[str, float]]:
+        """Pairs of workload and load."""
+        return [(workload.label, load) for workload in self.config.workloads for load in self.config.loads]
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """Return a mapping per condition and policy: mean and paired difference of each metric, with intervals."""
+        found = []
+        for workload, load in self.conditions:
+            for policy in self.config.policies:
+                metrics = {}
+                for metric in METRICS:
+                    mine = self.values(metric, policy, workload, load)
+                    other = self.values(metric, self.config.baseline, workload, load)
+                    metrics[metric] = {
+                        "mean": _plain(mean_interval(mine)),
+                        "difference": _plain(_difference(mine, other)),
+                    }
+                found.append({"workload": workload, "load": load, "policy": policy, "metrics": metrics})
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """Return, per policy, what all conditions together say of mean TTFT against the baseline.
+
+        Keys: ``ratio_iqm``, the interquartile mean of TTFT ratios with its stratified bootstrap interval;
+        ``probability_of_improvement``; ``worse_share``, the share of conditions more than 2 % worse; ``worst_ratio``.
+        """
+        result = {}
+        for policy in self.config.policies:
+            ratios, mine, other = [], [], []
+            for workload, load in self.conditions:
+                mine.append(self.values("ttft_s", policy, workload, load))
+                other.append(self.values("ttft_s", self.config.baseline, workload, load))
+                ratios.append(np.divide(mine[-1], other[-1]))
+            means = [float(ratio.mean()) for ratio in ratios]
+            interval = stratified_bootstrap(ratios, lambda cells: interquartile_mean(np.concatenate(cells)))
+            result[policy] = {
+                "ratio_iqm": _plain(interval),
+                "probability_of_improvement": probability_of_improvement(mine, other),
+                "worse_share": float(np.mean([mean > 1.02 for mean in means])),
+                "worst_ratio": max(means),
+            }
+        return result
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain data; numbers that do not exist are None."""
+        return {
+            "name": self.config.name,
+            "config_sha256": self.config.digest(),
+            "version": servegym.__version__,
+            "seeds": list(self.config.seed_list),
+            "baseline": self.config.baseline,
+            "statistics": self.statistics(),
+            "summary": self.summary(),
+            "cells": self.rows,
+        }
+
+    def tables(self) -> list[Table]:
+        """Return a table per workload and load: means, and in brackets the paired difference to the baseline."""
+        return [self._table(workload, load) for workload, load in self.conditions]
+
+    def _table(self, workload: str, load: float) -> Table:
+        count = len(self.config.seed_list)
+        table = Table(
+            title=f"{workload}, load {load:g}, {count} seed{'s' if count > 1 else ''}",
+            caption=f"mean over seeds (paired difference to {self.config.baseline} with 95 % interval, in %)\n"
+            "* the interval excludes 0; bold: the best",
+        )
+        table.add_column("policy", no_wrap=True)
+        best: dict[str, str] = {}
+        for metric, (heading, _, _, _, lower) in METRICS.items():
+            table.add_column(heading, justify="right")
+            means = {p: np.mean(self.values(metric, p, workload, load)) for p in self.config.policies}
+            best[metric] = min(means, key=means.__getitem__) if lower else max(means, key=means.__getitem__)
+        for policy in self.config.policies:
+            table.add_row(policy, *(self._entry(metric, policy, workload, load, best[metric]) for metric in METRICS))
+        return table
+
+    def _entry(self, metric: str, policy: str, workload: str, load: float, best: str) -> str:
+        _, _, factor, decimals, _ = METRICS[metric]
+        mine = self.values(metric, policy, workload, load)
+        text = f"{np.mean(mine) * factor:.{decimals}f}"
+        text = f"[bold]{text}[/bold]" if policy == best else text
+        if policy == self.config.baseline:
+            return text
+        gap = _difference(mine, self.values(metric, self.config.baseline, workload, load))
+        bounds = "" if np.isnan(gap.low) else f" {100 * gap.low:+.1f}..{100 * gap.high:+.1f}"
+        star = "*" if gap.excludes_zero else ""
+        return f"{text}\n({100 * gap.value:+.1f}{star}{bounds})"
+
+    def write_parquet(self, path: Path) -> None:
+        """Write the cells, one row per cell and policy, nested metrics with dots in their names.
+
+        Raises:
+            InputError: pyarrow is not installed.
+        """
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ModuleNotFoundError:
+            raise InputError(str(path), "", "Parquet needs pyarrow; install servegym[train]") from None
+        flat = []
+        for row in self.rows:
+            entry = {}
+            for key, value in row.items():
+                if isinstance(value, dict):
+                    entry |= {f"{key}.{name}": item for name, item in value.items()}
+                elif not isinstance(value, list):
+                    entry[key] = value
+            flat.append(entry)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat), path)
+
+
+def _difference(mine: list[float], other: list[float]) -> Interval:
+    values = np.array([mine, other])
+    if not (np.isfinite(values) & (values > 0)).all():
+        return Interval(np.nan, np.nan, np.nan)
+    return relative_difference(mine, other)
+
+
+def _plain(interval: Interval) -> dict[str, float | None]:
+    values = {"value": interval.value, "low": interval.low, "high": interval.high}
+    return {name: float(value) if np.isfinite(value) else None for name, value in values.items()}

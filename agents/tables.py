@@ -1,0 +1,33 @@
+"""A finished simulation as a table for people."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from servegym.envs.simulation import SimulationResult
+
+
+def simulation_table(result: SimulationResult) -> Table:
+    """Return latencies by quantile, and in the caption rates, steps and the load of the engines."""
+    metrics, policies = result.metrics(), result.config.policies
+    table = Table(
+        "seconds",
+        title=f"{metrics['requests']:,} requests, {policies.request} / {policies.engine}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    names = ("mean", "p50", "p90", "p95", "p99")
+    for name in names:
+        table.add_column(name, justify="right")
+    for label, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("E2E", "e2e_s")):
+        values = (metrics[key][name] for name in names)
+        table.add_row(label, *("-" if value is None else f"{value:.4f}" for value in values))
+    busy = ", ".join(f"{engine['requests']:,} ({engine['busy_share']:.0%})" for engine in metrics["per_engine"])
+    table.caption = (
+        f"{metrics['throughput_rps']:.2f} requests/s, {metrics['output_tokens_per_s']:,.0f} output tokens/s,"
+        f" goodput {metrics['goodput_rps']:.2f}/s\n"
+        f"{metrics['preemptions']} preemptions, prefix hits {metrics['prefix_hit_ratio']:.1%}\n"
+        f"requests by engine (busy): {busy}\n"
+        f"{metrics['simulated_s']:,.1f} s in {metrics['wall_s']:.3f} s, {metrics['engine_steps']:,} steps"
+    )
+    return table
