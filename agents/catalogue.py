@@ -21,7 +21,12 @@ def catalogue() -> dict[str, Any]:
         "workloads": [_described(path.stem, load_mapping(path)) for path in shipped_configs("workloads").values()],
         "profiles": [_described(path.stem, load_mapping(path)) for path in shipped_configs("profiles").values()],
         "configs": [
-            {"name": name, "explanation": _first_comment(path.read_text(encoding="utf-8")), "parameters": [], "source": kind}
+            {
+                "name": name,
+                "explanation": _first_comment(path.read_text(encoding="utf-8")),
+                "parameters": [],
+                "source": kind,
+            }
             for kind in _CONFIG_KINDS
             for name, path in shipped_configs(kind).items()
         ],

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -23,6 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# Click's class, which newer versions of Typer carry inside and older ones import.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; messages go to stderr.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config value: a.b=3.")]
@@ -40,16 +42,17 @@ Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Overrides the c
 def main() -> None:
     """Entry point: turns errors that a person can mend into one line."""
     try:
-        app(standalone_mode=False)
+        # Typer answers Ctrl-C with a code of its own, or with Abort in older versions.
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except InputError as error:
         _fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
-        sys.exit(2)
-    except click.ClickException as error:
-        _fail(" ".join(error.format_message().split()))
-    except (KeyboardInterrupt, click.Abort):
-        print("servegym: interrupted", file=sys.stderr)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(2)
+        _fail(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
@@ -59,6 +62,11 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"servegym: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _console() -> Console:
+    """Where tables go: as wide as the terminal, or wide enough for all columns where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
 
 
 def _print_json(content: Any) -> None:
@@ -83,7 +91,7 @@ def list_command(as_json: Json = False) -> None:
     if as_json:
         _print_json(content)
         return
-    console = Console()
+    console = _console()
     for table in tables(content):
         console.print(table)
 
@@ -97,7 +105,7 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Simulate a cluster and print its metrics."""
-    import servegym.engine_bridge.bundle_policy  # noqa: F401 - makes bundles available by path
+    import servegym.engine_bridge.bundle  # noqa: F401 - makes bundles available by path
     from servegym.agents.tables import simulation_table
     from servegym.configuration import load_config
     from servegym.envs.simulation import SimulationConfig
@@ -109,7 +117,7 @@ def simulate(
     if as_json:
         _print_json(result.metrics())
     else:
-        Console().print(simulation_table(result))
+        _console().print(simulation_table(result))
 
 
 @app.command()
@@ -175,20 +183,27 @@ def evaluate(
 
     overrides = [*(settings or []), *_label_overrides(policy)]
     loaded = load_config(EvaluationConfig, config, "evaluate", overrides)
-    result = run(loaded, processes=processes, out=out, progress=not as_json)
+    try:
+        result = run(loaded, processes=processes, out=out, progress=not as_json)
+    except KeyboardInterrupt:
+        hint = "the results are lost" if out is None else f"the same command goes on with what {out} holds"
+        print(f"interrupted; {hint}", file=sys.stderr)
+        raise
     if parquet is not None:
         result.write_parquet(parquet)
     if as_json:
         _print_json(result.as_json())
         return
-    console = Console()
+    console = _console()
     for table in result.tables():
         console.print(table)
 
 
 @app.command("schedule-trace")
 def schedule_trace(
-    spec: Annotated[str, typer.Argument(help="A JSON file as the documentation of the simulator describes; - for stdin.")],
+    spec: Annotated[
+        str, typer.Argument(help="A JSON file as the documentation of the simulator describes; - for stdin.")
+    ],
 ) -> None:
     """Print what the simulated engine schedules at each step, one JSON object a line."""
     from servegym.configuration import validate

@@ -1,9 +1,9 @@
 """Statistics of paired evaluations, in plain numpy.
 
-Policies are compared on the same requests: a pair is one workload, load and seed. The primary statistic of a metric is the
-ratio policy / baseline, averaged over seeds as a logarithm, with Student's t interval: with some five seeds a percentile
-bootstrap covers far less than it claims, since five values have few distinct resamples, while log ratios of means over
-thousands of requests are close to normal. The bootstrap serves pooled statistics over many cells.
+Policies are compared on the same requests: a pair is one workload, load and seed. The primary statistic of a metric is
+the ratio policy / baseline, averaged over seeds as a logarithm, with Student's t interval: with some five seeds a
+percentile bootstrap covers far less than it claims, since five values have few distinct resamples, while log ratios of
+means over thousands of requests are close to normal. The bootstrap serves pooled statistics over many cells.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def relative_difference(policy: npt.ArrayLike, baseline: npt.ArrayLike) -> Inter
     """Paired relative difference ``policy / baseline - 1`` with its 95 % interval.
 
     Args:
-        policy, baseline: positive values of one metric, pair by pair, shape (seeds,).
+        policy: positive values of one metric, shape (seeds,).
+        baseline: the values that they are paired with, shape (seeds,).
 
     >>> relative_difference([1.1, 2.2], [1.0, 2.0]).value.__round__(3)
     0.1

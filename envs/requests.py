@@ -108,8 +108,12 @@ class RequestSource:
         return self._capacities[key]
 
     def _saturating(self, requests: int) -> RequestTable:
-        """A fixed draw, all of it there from the start."""
-        rate = 1.0 if self.workload.trace is None else None
-        table = generate(self.workload, rate_rps=rate, requests=requests, seed=0, max_tokens=self._max_tokens)
+        """A fixed draw, all of it there from the start; of a trace it takes from all of its length."""
+        if self.workload.trace is None:
+            table = generate(self.workload, rate_rps=1.0, requests=requests, seed=0, max_tokens=self._max_tokens)
+        else:
+            table = generate(self.workload)
+            chosen = np.random.default_rng(0).permutation(len(table))[:requests]
+            table = table.take(np.sort(chosen))
         count = len(table)
         return replace(table, arrival_s=np.zeros(count), parent=np.full(count, -1, dtype=np.int32))

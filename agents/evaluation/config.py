@@ -33,7 +33,9 @@ class EvaluationConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.baseline not in self.policies:
-            raise ValueError(f"a baseline among the policies, not {self.baseline!r}; {nearest(self.baseline, self.policies)}")
+            raise ValueError(
+                f"a baseline among the policies, not {self.baseline!r}; {nearest(self.baseline, self.policies)}"
+            )
         labels = [workload.label for workload in self.workloads]
         if len(set(labels)) < len(labels):
             raise ValueError("workloads that differ by name")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 import servegym
@@ -23,12 +24,12 @@ from servegym.errors import InputError
 
 # Metric -> (heading, path in a row, unit factor, decimals, whether lower is better).
 METRICS: dict[str, tuple[str, tuple[str, ...], float, int, bool]] = {
-    "ttft_s": ("TTFT ms", ("ttft_s", "mean"), 1e3, 1, True),
-    "ttft_p99_s": ("TTFT p99 ms", ("ttft_s", "p99"), 1e3, 1, True),
-    "tpot_s": ("TPOT ms", ("tpot_s", "mean"), 1e3, 2, True),
-    "e2e_s": ("E2E s", ("e2e_s", "mean"), 1.0, 3, True),
-    "throughput_rps": ("requests/s", ("throughput_rps",), 1.0, 2, False),
-    "goodput_rps": ("goodput/s", ("goodput_rps",), 1.0, 2, False),
+    "ttft_s": ("TTFT\nms", ("ttft_s", "mean"), 1e3, 1, True),
+    "ttft_p99_s": ("TTFT p99\nms", ("ttft_s", "p99"), 1e3, 1, True),
+    "tpot_s": ("TPOT\nms", ("tpot_s", "mean"), 1e3, 2, True),
+    "e2e_s": ("E2E\ns", ("e2e_s", "mean"), 1.0, 3, True),
+    "throughput_rps": ("req/s\n", ("throughput_rps",), 1.0, 2, False),
+    "goodput_rps": ("good\n/s", ("goodput_rps",), 1.0, 2, False),
 }
 
 
@@ -121,13 +122,18 @@ class Evaluation:
         count = len(self.config.seed_list)
         table = Table(
             title=f"{workload}, load {load:g}, {count} seed{'s' if count > 1 else ''}",
-            caption=f"mean over seeds (paired difference to {self.config.baseline} with 95 % interval, in %)\n"
-            "* the interval excludes 0; bold: the best",
+            caption=f"Mean over seeds; below it the difference to {self.config.baseline} on the same requests, in %,"
+            " with half its 95 % interval. * the interval excludes 0. Bold: the best.",
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 0, 0, 1),
+            pad_edge=False,
         )
         table.add_column("policy", no_wrap=True)
         best: dict[str, str] = {}
         for metric, (heading, _, _, _, lower) in METRICS.items():
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
             means = {p: np.mean(self.values(metric, p, workload, load)) for p in self.config.policies}
             best[metric] = min(means, key=means.__getitem__) if lower else max(means, key=means.__getitem__)
         for policy in self.config.policies:
@@ -142,9 +148,8 @@ class Evaluation:
         if policy == self.config.baseline:
             return text
         gap = _difference(mine, self.values(metric, self.config.baseline, workload, load))
-        bounds = "" if np.isnan(gap.low) else f" {100 * gap.low:+.1f}..{100 * gap.high:+.1f}"
-        star = "*" if gap.excludes_zero else ""
-        return f"{text}\n({100 * gap.value:+.1f}{star}{bounds})"
+        half = "" if np.isnan(gap.low) else f"±{50 * (gap.high - gap.low):.1f}"
+        return f"{text}\n{100 * gap.value:+.1f}{half}{'*' if gap.excludes_zero else ' '}"
 
     def write_parquet(self, path: Path) -> None:
         """Write the cells, one row per cell and policy, nested metrics with dots in their names.
@@ -159,7 +164,7 @@ class Evaluation:
             raise InputError(str(path), "", "Parquet needs pyarrow; install servegym[train]") from None
         flat = []
         for row in self.rows:
-            entry = {}
+            entry: dict[str, Any] = {}
             for key, value in row.items():
                 if isinstance(value, dict):
                     entry |= {f"{key}.{name}": item for name, item in value.items()}

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import servegym.engine_bridge.bundle_policy  # noqa: F401 - makes bundles available by path
+import servegym.engine_bridge.bundle  # noqa: F401 - makes bundles available by path
 from servegym.agents.evaluation.config import EvaluationConfig
 from servegym.agents.evaluation.report import Evaluation
 from servegym.envs.requests import RequestSource

@@ -126,11 +126,11 @@ def load_config(model: type[ModelT], reference: str | Path, kind: str, overrides
 def explain(error: ValidationError, model: type[BaseModel], source: str) -> InputError:
     """Turn the first pydantic violation into an :class:`InputError`."""
     first = cast("Mapping[str, Any]", error.errors(include_url=False)[0])
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return cause
     location = [str(part) for part in first["loc"]]
     field = ".".join(location)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return InputError(source, field, str(cause))
     kind, value = str(first["type"]), first["input"]
     if kind == "extra_forbidden":
         known = _fields_at(model, location[:-1])
