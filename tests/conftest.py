@@ -16,3 +16,7 @@ def data_folder() -> Path:
     if not (folder / "traces").is_dir():
         pytest.skip(f"public data not found in {folder}; set SERVEGYM_DATA to its folder")
     return folder
+
+
+# Programs that run in vLLM's own environment; nothing here can import them.
+collect_ignore = ["oracle/vllm_schedule.py", "baselines/vllm_balancer.py"]

@@ -42,6 +42,8 @@ def _play(env: gym.Env[Any, Any], seed: int, policy: str = "least_requests") -> 
     return total, info, trajectory
 
 
+# The checkers warn of unbounded boxes and of a matrix of engines; both are meant.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_registered_and_accepted_by_both_checkers(config: dict[str, Any]) -> None:
     servegym.register_envs()
     env = gym.make("servegym/EngineDispatch-v0", config=config)

@@ -13,6 +13,7 @@ from gymnasium import spaces
 from servegym.agents.training.config import TrainConfig
 from servegym.baselines import interface as i
 from servegym.baselines.features import ENGINE_FEATURES, REQUEST_FEATURES, fill_dispatch_features
+from servegym.baselines.heuristic import TURN, turns
 from servegym.configuration import validate
 
 REQUESTS = 60
@@ -89,10 +90,11 @@ class UnequalServers(gym.Env):
 
     def _play_lmetric(self) -> float:
         self._clear()
-        ttfts = []
+        ttfts, engine = [], -1
         for self.now in range(REQUESTS):
             cost = [(sum(queue) + self.prompts[self.now]) * (len(queue) + 1) for queue in self.queues]
-            ttfts.append(self._serve(int(np.where(self.up[self.now], cost, np.inf).argmin())))
+            engine = i.pick(cost + TURN * turns(self.engines, engine + 1), self.up[self.now])
+            ttfts.append(self._serve(engine))
             self._pass(self.gaps[self.now])
         return float(np.mean(ttfts))
 

@@ -1,0 +1,50 @@
+"""A policy without any heuristic inside learns to dispatch, within a minute on one core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import TOY
+
+from servegym.agents.evaluation import EvaluationConfig, evaluate
+from servegym.agents.training.config import TrainConfig
+from servegym.agents.training.trainer import train
+from servegym.configuration import validate
+
+
+@pytest.mark.slow
+def test_from_nothing_it_beats_random_and_comes_close_to_the_best_heuristic(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(yaml.safe_dump(TOY), encoding="utf-8")
+    cluster: dict[str, Any] = {"engines": 4, "profile": str(profile)}
+    config = {
+        "name": "scratch",
+        "total_steps": 150_000,
+        "algorithm": {"n_envs": 32, "n_steps": 128, "batch_size": 1024},
+        "network": {"prior": "none"},
+        "env": {
+            "cluster": cluster,
+            "workload": {"name": "azure-conv", "load": 0.8},
+            "episode_requests": 400,
+            "reference": "lmetric",
+        },
+        "evaluation": {"every_steps": 50_000, "episodes": 4},
+    }
+    policy = train(validate(TrainConfig, config, "test"), out=tmp_path / "run", progress=False).policy
+    comparison = {
+        "cluster": cluster,
+        "workloads": [{"name": "azure-conv", "requests": 2000}],
+        "baseline": "random",
+        "policies": {
+            "random": {"engine": "random"},
+            "lmetric": {"engine": "lmetric"},
+            "learned": {"engine": str(policy)},
+        },
+    }
+    result = evaluate(validate(EvaluationConfig, comparison, "test"), processes=1, progress=False)
+    gap = {row["policy"]: row["metrics"]["ttft_s"]["difference"] for row in result.statistics()}
+    assert gap["learned"]["high"] < 0
+    assert gap["learned"]["value"] < 0.5 * gap["lmetric"]["value"]
