@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from servegym.baselines.interface import (
     E_AVAILABLE,
@@ -45,6 +44,7 @@ from servegym.baselines.interface import (
     FloatArray,
     RequestView,
 )
+from servegym.compilation import compiled
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -97,7 +97,7 @@ REQUEST_FEATURE_NAMES = tuple(feature.name for feature in REQUEST_FEATURES)
 _RELATIVE_TO = ((18, 0), (19, 1), (20, 7))  # relative feature -> the feature whose minimum it is relative to
 
 
-@njit(cache=True)
+@compiled
 def fill_dispatch_features(
     request: FloatArray, engines: FloatArray, engine_features: Float32Array, request_features: Float32Array
 ) -> None:

@@ -15,6 +15,7 @@ import numba
 from numba import carray, farray, types
 
 from servegym.baselines.interface import CONTEXT_COLUMNS, ENGINE_COLUMNS, QUEUE_COLUMNS, REQUEST_COLUMNS
+from servegym.compilation import compiled
 
 _NUMBERS = types.CPointer(types.float64)
 _ENGINE_SCORE = types.void(_NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, types.int64, types.int64)
@@ -26,7 +27,7 @@ def engine_score(function: Callable[..., None] | None) -> int:
     """Compile ``policy.compiled`` of an engine policy and return its address; 0 for none."""
     if function is None:
         return 0
-    score = _compile(function)
+    score = compiled(function)
 
     def call(request: Any, engines: Any, params: Any, out: Any, count: int, param_count: int) -> None:
         score(
@@ -44,19 +45,12 @@ def request_key(function: Callable[..., float] | None) -> int:
     """Compile ``policy.compiled`` of a request policy and return its address; 0 for none."""
     if function is None:
         return 0
-    key = _compile(function)
+    key = compiled(function)
 
     def call(item: Any, context: Any, params: Any, param_count: int) -> Any:
         return key(carray(item, (QUEUE_COLUMNS,)), carray(context, (CONTEXT_COLUMNS,)), carray(params, (param_count,)))
 
     return int(_keep(numba.cfunc(_REQUEST_KEY)(call)).address)
-
-
-def _compile(function: Callable[..., Any]) -> Any:
-    try:
-        return numba.njit(cache=True)(function)
-    except RuntimeError:  # no file to cache beside: a function from a prompt
-        return numba.njit(function)
 
 
 _kept: list[Any] = []

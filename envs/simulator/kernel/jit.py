@@ -10,11 +10,10 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
-
-import numba
+from typing import Any, TypeVar
 
 from servegym.baselines import interface
+from servegym.compilation import compiled
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -30,9 +29,9 @@ def source_stamp() -> str:
 
 def jit(function: FunctionT) -> FunctionT:
     """Compile a kernel function: nopython, cached on disk, without run-time error checks of NumPy semantics."""
-    dispatcher = numba.njit(cache=True, error_model="numpy", boundscheck=False)(function)
+    dispatcher = compiled(function, error_model="numpy", boundscheck=False)
     # The cache file compares this stamp; without the attribute (a future numba) the default stamp stays in force.
     cache_file: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     if hasattr(cache_file, "_source_stamp"):
         cache_file._source_stamp = source_stamp()
-    return cast(FunctionT, dispatcher)
+    return dispatcher

@@ -139,6 +139,28 @@ def test_sessions_hit_the_prefix_cache_where_they_stay(toy_profile: str) -> None
     assert (sticky.requests["hit_tokens"][~follow_up] == 0).all()
 
 
+def test_block_hashes_of_a_trace_are_shared_at_their_own_granularity(toy_profile: str) -> None:
+    """Ids of 64 tokens over blocks of 16: what follows the last common id is never found."""
+    table = RequestTable.build(
+        [0.0, 5.0, 10.0],
+        [200, 200, 200],
+        [5, 5, 5],
+        prefix_start=[0, 3, 6, 9],
+        prefix_ids=[1, 2, 3, 1, 2, 9, 8, 2, 3],
+        prefix_block_tokens=64,
+    )
+    hits = run(table, toy_profile, engines=1).memory.requests["hit_tokens"]
+    assert hits.tolist() == [0, 128, 0]
+
+
+def test_templates_are_found_on_engines_that_have_seen_them(toy_profile: str) -> None:
+    table = RequestTable.build(
+        [0.0, 5.0, 10.0], [300, 300, 300], [5, 5, 5], template=[4, 4, 7], template_tokens=[250, 250, 250]
+    )
+    hits = run(table, toy_profile, engines=1).memory.requests["hit_tokens"]
+    assert hits.tolist() == [0, 240, 0]
+
+
 def test_caching_off_never_hits(toy_profile: str) -> None:
     off = ClusterConfig(engines=2, profile=toy_profile, engine={"enable_prefix_caching": False})
     simulated = SimulatedCluster(off, session_table(5), create("request", "fcfs"), create("engine", "session_sticky"))
