@@ -208,6 +208,8 @@ def check_fit(table: RequestTable, engines: Sequence[EngineSpec], source: str) -
 
 def _dense(ids: npt.NDArray[np.int32]) -> tuple[int, npt.NDArray[np.int32]]:
     """Number ids from 0 without gaps, NONE staying NONE."""
+    if (ids < 0).all():
+        return 0, ids
     known, dense = np.unique(ids, return_inverse=True)
     missing = int((known < 0).sum())
     return len(known) - missing, np.where(ids < 0, NONE, dense - missing).astype(np.int32)
@@ -238,10 +240,11 @@ def _requests(
     records["child"] = NONE
     followers = np.flatnonzero(table.parent >= 0)
     records["child"][table.parent[followers]] = followers
-    order = np.argsort(table.stream, kind="stable")
-    same = table.stream[order][1:] == table.stream[order][:-1]
-    records["shared_stream"][order[1:][same]] = 1
-    records["shared_stream"][order[:-1][same]] = 1
+    if (np.diff(table.stream) <= 0).any():
+        order = np.argsort(table.stream, kind="stable")
+        same = table.stream[order][1:] == table.stream[order][:-1]
+        records["shared_stream"][order[1:][same]] = 1
+        records["shared_stream"][order[:-1][same]] = 1
     for name in ("first_s", "finish_s"):
         records[name] = np.nan
     for name in ("engine", "row", "link", "heap_child"):

@@ -85,10 +85,12 @@ class RequestTable:
         (2, [0, 1], [-1, -1])
         """
         count = len(np.asarray(arrival_s))
+        # Of the final types at once: a million requests should not need twice their memory.
         integers = ("user", "session", "parent", "template")
-        defaults: dict[str, npt.ArrayLike] = {name: np.full(count, -1) for name in integers}
-        defaults |= {name: np.zeros(count) for name in ("turn", "priority", "think_s", "template_tokens")}
+        defaults: dict[str, npt.ArrayLike] = {name: np.full(count, -1, dtype=np.int32) for name in integers}
+        defaults |= {name: np.zeros(count, dtype=np.int32) for name in ("turn", "priority", "template_tokens")}
         defaults |= {"deadline_s": np.full(count, np.inf), "predicted_tokens": np.full(count, np.nan)}
+        defaults |= {"think_s": np.zeros(count)}
         defaults |= {"stream": np.arange(count)}
         given = {"arrival_s": arrival_s, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, **columns}
         types: dict[str, type] = {"stream": np.int64, "prefix_start": np.int64, "prefix_ids": np.int64}
