@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from servegym.configuration import Config
-from servegym.envs.simulator.config import ClusterConfig, EngineGroup, Telemetry
+from servegym.envs.simulator.config import ClusterConfig, Telemetry
 
 Number = Annotated[float, Field(gt=0)]
 Sampled = Number | tuple[Number, Number]
@@ -43,7 +43,7 @@ class ClusterRandomisation(Config):
             return drawn
         common = draw(self.step_time, rng) if self.step_time is not None else 1.0
         groups = []
-        for group in drawn.groups or (EngineGroup(count=drawn.engines, profile=drawn.profile, engine=drawn.engine),):
+        for group in drawn.all_groups:
             for _ in range(group.count):
                 own = draw(self.slowdown, rng) if self.slowdown is not None else 1.0
                 groups.append(group.model_copy(update={"count": 1, "slowdown": group.slowdown * common * own}))

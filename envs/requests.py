@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from servegym.configuration import Config
 from servegym.envs.simulator.capacity import capacity_rps
-from servegym.envs.simulator.config import ClusterConfig
+from servegym.envs.simulator.config import ClusterConfig, Telemetry
 from servegym.envs.workloads.generation import generate
 from servegym.envs.workloads.table import RequestTable
 from servegym.envs.workloads.traces import TraceConfig
@@ -100,8 +100,23 @@ class RequestSource:
         return generate(self.workload, rate_rps=rate, requests=count, seed=seed, max_tokens=self._max_tokens)
 
     def capacity_rps(self, cluster: ClusterConfig | None = None) -> float:
-        """Requests per second that the cluster finishes when it is saturated with this workload."""
+        """Requests per second that the cluster finishes when it is saturated with this workload.
+
+        Independent engines add up, and one that is twice as slow finishes half as much, so that each kind of engine is
+        measured once; a lockstep cluster is measured as a whole.
+        """
         cluster = cluster or self.cluster
+        if cluster.mode == "lockstep":
+            return self._measure(cluster.model_copy(update={"telemetry": Telemetry(), "faults": ()}))
+        alone = {"engines": 1, "groups": (), "telemetry": Telemetry(), "faults": ()}
+        return sum(
+            group.count
+            / group.slowdown
+            * self._measure(cluster.model_copy(update=alone | {"profile": group.profile, "engine": group.engine}))
+            for group in cluster.all_groups
+        )
+
+    def _measure(self, cluster: ClusterConfig) -> float:
         key = cluster.model_dump_json()
         if key not in self._capacities:
             self._capacities[key] = capacity_rps(cluster, self._saturating)

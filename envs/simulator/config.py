@@ -82,15 +82,19 @@ class ClusterConfig(Config):
         """Number of engines."""
         return sum(group.count for group in self.groups) or self.engines
 
+    @property
+    def all_groups(self) -> tuple[EngineGroup, ...]:
+        """The groups, or the one that ``engines``, ``profile`` and ``engine`` describe."""
+        return self.groups or (EngineGroup(count=self.engines, profile=self.profile, engine=self.engine),)
+
     def expand(self, source: str = "cluster") -> list[EngineSpec]:
         """Resolve profiles and overrides to one entry per engine.
 
         Raises:
             InputError: an unknown profile or a wrong override.
         """
-        groups = self.groups or (EngineGroup(count=self.engines, profile=self.profile, engine=self.engine),)
         specs = []
-        for group in groups:
+        for group in self.all_groups:
             profile = load_profile(group.profile)
             if self.moe_imbalance is not None:
                 step_time = profile.step_time.model_copy(update={"moe_imbalance": self.moe_imbalance})
