@@ -100,23 +100,44 @@ def list_command(as_json: Json = False) -> None:
 def simulate(
     config: Annotated[str, typer.Argument(help="A simulate config: a YAML file, or the name of a shipped one.")],
     policy: PolicyOption = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAYER=NAME[,KEY=VALUE]", help="Run the same requests again under these policies."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the run over time, an image; needs timeline_s in the config.")
+    ] = None,
     seed: Seed = None,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
     """Simulate a cluster and print its metrics."""
     import servegym.engine_bridge.bundle  # noqa: F401 - makes bundles available by path
+    from servegym.agents.plots import check_plot, plot_timelines
     from servegym.agents.tables import simulation_table
     from servegym.configuration import load_config
     from servegym.envs.simulation import SimulationConfig
     from servegym.envs.simulation import simulate as run
 
-    overrides = [*(settings or []), *_policy_overrides(policy, "policies")]
-    loaded = load_config(SimulationConfig, config, "simulate", overrides)
-    result = _with_bar("simulating", as_json, lambda report: run(loaded, seed=seed, progress=report))
+    policies = [policy] if not against else [policy, [*(policy or []), *against]]
+    configs = [
+        load_config(SimulationConfig, config, "simulate", [*(settings or []), *_policy_overrides(options, "policies")])
+        for options in policies
+    ]
+    if plot is not None:
+        check_plot(plot, configs[0])
+
+    def simulated(loaded: SimulationConfig) -> Any:
+        return _with_bar("simulating", as_json, lambda report: run(loaded, seed=seed, progress=report))
+
+    results = [simulated(loaded) for loaded in configs]
+    if plot is not None:
+        plot_timelines(plot, results)
     if as_json:
-        _print_json(result.metrics())
-    else:
+        first, *others = (result.metrics() for result in results)
+        _print_json(first | ({"against": others[0]} if others else {}))
+        return
+    for result in results:
         _console().print(simulation_table(result))
 
 

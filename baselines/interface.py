@@ -246,6 +246,9 @@ class ExpertLoad:
     by_source: FloatArray | None = None
     coactivation: FloatArray | None = None
     steps: int = 0
+    future: FloatArray | None = None
+    expert_bytes: float = 0.0
+    top_k: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from servegym.envs.requests import RequestSource, WorkloadChoice
 from servegym.envs.simulator.cluster import SimulatedCluster
 from servegym.envs.simulator.config import ClusterConfig
 from servegym.envs.simulator.metrics import RunOutcome, engine_metrics
+from servegym.envs.simulator.timeline import Timeline
 from servegym.envs.workloads.table import RequestTable
 
 Positive = Annotated[float, Field(gt=0)]
@@ -59,6 +60,9 @@ class SimulationConfig(Config):
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="share of the first arrivals that the metrics leave out, while the cluster fills"
     )
+    timeline_s: Positive | None = Field(
+        default=None, description="also report queues, KV use, latencies and experts in intervals of this length"
+    )
     seed: Annotated[int, Field(ge=0)] = 0
 
 
@@ -70,12 +74,14 @@ class SimulationResult:
         config: what was simulated.
         outcome: the outcome of each request.
         engines: what the engines report.
+        timeline: the run over time, one list per column, if asked for.
         wall_s: time that the simulation took; compilation and the making of requests apart.
     """
 
     config: SimulationConfig
     outcome: RunOutcome
     engines: dict[str, Any]
+    timeline: dict[str, list[float]] | None
     wall_s: float
 
     def metrics(self) -> dict[str, Any]:
@@ -84,7 +90,8 @@ class SimulationResult:
         requests = self.outcome.metrics(
             warmup_share=self.config.warmup_share, ttft_slo_s=slo.ttft_s, tpot_slo_s=slo.tpot_s
         )
-        return requests | self.engines | {"wall_s": self.wall_s}
+        timeline = {} if self.timeline is None else {"timeline": self.timeline}
+        return requests | self.engines | {"wall_s": self.wall_s} | timeline
 
 
 def simulate(
@@ -108,12 +115,16 @@ def simulate(
     seed = config.seed if seed is None else seed
     if table is None:
         table = RequestSource(config.workload, config.cluster).table(seed)
-    request_policy, engine_policy, _ = config.policies.make()
-    run = SimulatedCluster(
-        config.cluster, table, request_policy, engine_policy, seed=seed, source=config.workload.label
-    )
+    run = SimulatedCluster(config.cluster, table, *config.policies.make(), seed=seed, source=config.workload.label)
+    timeline = Timeline(run, config.timeline_s) if config.timeline_s is not None else None
     run.warm_up()
     start = time.perf_counter()
     run.run(progress)
     wall = time.perf_counter() - start
-    return SimulationResult(config=config, outcome=RunOutcome.of(run), engines=engine_metrics(run), wall_s=wall)
+    return SimulationResult(
+        config=config,
+        outcome=RunOutcome.of(run),
+        engines=engine_metrics(run),
+        timeline=timeline.table() if timeline is not None else None,
+        wall_s=wall,
+    )

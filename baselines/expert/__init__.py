@@ -1,5 +1,24 @@
 """Placements of experts on expert-parallel ranks."""
 
-from servegym.baselines.expert.static import Linear
+from servegym.baselines.expert.affinity import Edr, ExFlow, Grace, MoETuner, SourceAware
+from servegym.baselines.expert.balance import FlashLb, Metro
+from servegym.baselines.expert.eplb import Eplb, Oracle
+from servegym.baselines.expert.static import Linear, Random, RoundRobin
+from servegym.baselines.expert.trigger import MindSpeed, Prism
 
-__all__ = ["Linear"]
+__all__ = [
+    "Edr",
+    "Eplb",
+    "ExFlow",
+    "FlashLb",
+    "Grace",
+    "Linear",
+    "Metro",
+    "MindSpeed",
+    "MoETuner",
+    "Oracle",
+    "Prism",
+    "Random",
+    "RoundRobin",
+    "SourceAware",
+]

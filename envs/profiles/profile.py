@@ -112,6 +112,28 @@ class EngineLimits(Config):
     scheduling_policy: Literal["fcfs", "priority"] = Field(default="fcfs", description="order of the waiting queue")
 
 
+class ExpertShape(Config):
+    """The MoE layers of a model and what its experts cost, for the simulator's expert model."""
+
+    layers: PositiveInt = Field(description="MoE layers")
+    experts: PositiveInt = Field(description="logical experts per layer")
+    top_k: PositiveInt = Field(description="experts that each token chooses in a layer")
+    ranks: PositiveInt = Field(default=1, description="expert-parallel ranks that moe_us stands for")
+    expert_us: NonNegative = Field(default=0.0, description="per activated expert of a rank and layer, microseconds")
+    expert_bytes: NonNegative = Field(default=0.0, description="weights of one expert of a layer, bytes")
+    token_bytes: NonNegative = Field(default=0.0, description="what dispatch moves per token and rank, bytes")
+    link_gb_s: NonNegative = Field(default=0.0, description="bandwidth of a rank to the others, GB/s; 0: unlimited")
+    link_latency_us: NonNegative = Field(default=0.0, description="of one dispatch or combine, microseconds")
+
+    @model_validator(mode="after")
+    def _choices_exist(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k at most the number of experts ({self.experts}), got {self.top_k}")
+        if self.experts % self.ranks:
+            raise ValueError(f"experts ({self.experts}) a multiple of ranks ({self.ranks})")
+        return self
+
+
 class Profile(Config):
     """One model on one hardware. Units are in the names; ``source`` says what is measured and what is modelled."""
 
@@ -122,6 +144,9 @@ class Profile(Config):
     source: str = Field(description="where the numbers come from: what is measured, what is modelled")
     engine: EngineLimits = Field(description="Limits of the engine, named as in vLLM.")
     step_time: StepTime = Field(description="Terms of the duration of a step, microseconds.")
+    experts: ExpertShape | None = Field(
+        default=None, description="The MoE layers, for the simulator's expert model: without, experts are all alike."
+    )
 
     def compile(self, max_tokens: int | None = None) -> StepCost:
         """Tabulate the cost for the simulator.
@@ -131,13 +156,13 @@ class Profile(Config):
         """
         tokens = np.arange((max_tokens or self.engine.max_num_batched_tokens) + 1)
         time = self.step_time
-        local = time.dense_us.at(tokens)
-        if time.communication_us is not None:
-            local = local + time.communication_us.at(tokens)
+        communication = np.zeros(len(tokens)) if time.communication_us is None else time.communication_us.at(tokens)
+        local = time.dense_us.at(tokens) + communication
         moe = np.zeros(len(tokens)) if time.moe_us is None else time.moe_imbalance * time.moe_us.at(tokens)
         return StepCost(
             local_table_s=local * 1e-6,
             moe_table_s=moe * 1e-6,
+            communication_table_s=communication * 1e-6,
             fixed_s=time.fixed_us * 1e-6,
             sequence_s=time.per_sequence_us * 1e-6,
             pair_s=time.prefill_pair_us * 1e-6,
@@ -157,6 +182,7 @@ class StepCost:
 
     local_table_s: npt.NDArray[np.float64]
     moe_table_s: npt.NDArray[np.float64]
+    communication_table_s: npt.NDArray[np.float64]
     fixed_s: float
     sequence_s: float
     pair_s: float

@@ -23,6 +23,7 @@ from servegym.baselines.interface import (
 from servegym.envs.profiles.profile import EngineLimits, Profile, StepCost
 from servegym.envs.profiles.rates import decode_step_s, prefill_tokens_per_s
 from servegym.envs.simulator.config import EngineSpec, Telemetry
+from servegym.envs.simulator.experts.model import ExpertModel
 from servegym.envs.simulator.kernel.blocks import reset_pools
 from servegym.envs.simulator.kernel.progress import NEVER
 from servegym.envs.simulator.kernel.state import BLOCK, CLUSTER, ENGINE, NONE, PENDING, REQUEST, TELEMETRY
@@ -59,6 +60,7 @@ class Memory:
         request_params: npt.ArrayLike = (),
         engine_score: int = 0,
         request_key: int = 0,
+        experts: ExpertModel | None = None,
         seed: int = 0,
         source: str = "workload",
     ) -> None:
@@ -89,8 +91,12 @@ class Memory:
         costs = _costs(engines, lockstep)
         for record, spec, cost in zip(self.engines, engines, costs, strict=True):
             self._lay_out_engine(record, spec.limits, longest, templates)
-            record["local_cost_at"] = self._own(cost.local_table_s)
+            # The expert model has its own account of communication.
+            local = cost.local_table_s if experts is None else cost.local_table_s - cost.communication_table_s
+            record["local_cost_at"] = self._own(local)
             record["moe_cost_at"] = self._own(cost.moe_table_s)
+        if experts is not None:
+            self._add_experts(experts, lockstep, seed)
         depth = 2 + int(np.ceil(telemetry.lag_s / telemetry.period_s)) if telemetry.period_s > 0 else 1
         roots = np.flatnonzero(table.parent < 0).astype(np.int32)
         parameters = [np.array(values, dtype=np.float64) for values in (engine_params, request_params)]
@@ -115,7 +121,9 @@ class Memory:
             "engine_score_at": engine_score,
             "request_key_at": request_key,
         }
-        fields |= dict.fromkeys(("shown_snapshot", "pending", "last_engine", "order_engine", "stranded"), NONE)
+        fields |= dict.fromkeys(
+            ("shown_snapshot", "pending", "last_engine", "order_engine", "stranded", "placement_group"), NONE
+        )
         arrays: dict[str, npt.NDArray[Any]] = {
             "requests": self.requests,
             "engines": self.engines,
@@ -142,6 +150,7 @@ class Memory:
             "request_params": parameters[1],
         }
         fields |= {f"{name}_at": self._own(array) for name, array in arrays.items()}
+        fields["groups_at"] = experts.records.ctypes.data if experts is not None else 0
         for name, value in fields.items():
             self.cluster[0][name] = value
         reset_pools(self.engines)
@@ -154,6 +163,19 @@ class Memory:
         owned = {array.ctypes.data: array for array in self._owned}
         record = self.engines[engine]
         return owned[record["running_at"]], owned[record["scheduled_at"]], owned[record["preempted_at"]]
+
+    def _add_experts(self, experts: ExpertModel, lockstep: bool, seed: int) -> None:
+        tasks = len(experts.bank.task_names)
+        self.requests["task"] = experts.task
+        if experts.config.mode == "sampled":
+            start, length, offset = experts.sequences(seed)
+            self.requests["bank_start"], self.requests["bank_length"] = start, length
+            self.requests["bank_offset"] = offset
+        for index, record in enumerate(self.engines):
+            record["group"] = 0 if lockstep else index
+            record["tasks"] = tasks
+            record["task_decoding_at"] = self._own(np.zeros(tasks, dtype=np.int64))
+            record["task_tokens_at"] = self._own(np.zeros(tasks))
 
     def _own(self, array: npt.NDArray[Any]) -> int:
         """Keep an array alive and return its address."""
@@ -269,6 +291,7 @@ def _engines(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any]:
         record["fixed_s"], record["sequence_s"] = cost.fixed_s, cost.sequence_s
         record["pair_s"], record["context_s"] = cost.pair_s, cost.context_s
         record["slowdown"] = spec.slowdown
+        record["group"] = NONE
         record["prefill_tokens_per_s"] = prefill_tokens_per_s(spec.profile) / spec.slowdown
         record["decode_step_s"] = decode_step_s(spec.profile) * spec.slowdown
         record["next_finish"] = NEVER

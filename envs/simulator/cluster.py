@@ -6,6 +6,7 @@ The kernel runs from one SimPy event to the next. Faults are SimPy processes; us
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -18,6 +19,7 @@ from servegym.baselines.interface import (
     QUEUE_COLUMNS,
     EnginePolicy,
     EngineViews,
+    ExpertPolicy,
     FloatArray,
     QueueView,
     RequestPolicy,
@@ -27,8 +29,10 @@ from servegym.baselines.interface import (
 from servegym.envs.simulator.build import Memory
 from servegym.envs.simulator.compile import announce_compilation, engine_score, request_key
 from servegym.envs.simulator.config import ClusterConfig, Fault
+from servegym.envs.simulator.experts.model import ExpertModel
+from servegym.envs.simulator.experts.replacement import Replacer
 from servegym.envs.simulator.kernel import faults
-from servegym.envs.simulator.kernel.cluster import DISPATCH, DONE, HORIZON, advance_to_decision
+from servegym.envs.simulator.kernel.cluster import DISPATCH, DONE, HORIZON, PLACEMENT, advance_to_decision
 from servegym.envs.simulator.kernel.queues import read_queue_of
 from servegym.envs.simulator.kernel.state import (
     NONE,
@@ -52,6 +56,7 @@ class SimulatedCluster:
         table: the requests.
         request_policy: order of the waiting queues.
         engine_policy: choice of engines, or None if the caller dispatches.
+        expert_policy: placement of experts, with an expert model; None keeps the linear one.
         seed: seed of the run's own randomness, that of randomised policies.
         record_totals: keep the reward integrals at each arrival (open-loop tables only).
         source: where the table comes from, for error messages.
@@ -66,6 +71,7 @@ class SimulatedCluster:
         table: RequestTable,
         request_policy: RequestPolicy,
         engine_policy: EnginePolicy | None = None,
+        expert_policy: ExpertPolicy | None = None,
         *,
         seed: int = 0,
         record_totals: bool = False,
@@ -78,6 +84,10 @@ class SimulatedCluster:
         self.totals = np.zeros(3)
         self._request_policy = request_policy
         self._engine_policy = engine_policy
+        self.experts = self._make_experts(seed)
+        self.replacers = [Replacer(group, self.environment) for group in self.experts.groups] if self.experts else []
+        # Groups learn apart from each other; a policy with state of its own is copied for each.
+        self._expert_policies = [copy.deepcopy(expert_policy) for _ in self.replacers]
         order, key, key_params = _order(request_policy)
         form = compiled_form(engine_policy) if engine_policy is not None else None
         announce_compilation()
@@ -96,16 +106,35 @@ class SimulatedCluster:
             request_params=key_params,
             engine_score=engine_score(form[0] if form else None),
             request_key=request_key(key),
+            experts=self.experts,
             seed=seed,
             source=source,
         )
         self._events_seen = 0
-        for policy in (request_policy, engine_policy):
+        for policy in (request_policy, engine_policy, *self._expert_policies):
             reset = getattr(policy, "reset", None)
             if reset is not None:
                 reset(seed)
         for fault in config.faults:
             self.environment.process(self._fault(fault))
+        self._place_static()
+
+    def _make_experts(self, seed: int) -> ExpertModel | None:
+        if self.config.experts is None:
+            return None
+        profiles = [spec.profile for spec in self.specs]
+        lockstep = self.config.mode == "lockstep"
+        return ExpertModel(self.config.experts, profiles, self.table, lockstep=lockstep, seed=seed)
+
+    def _place_static(self) -> None:
+        """Let policies that do not look at the load place the experts as they are loaded, which costs nothing."""
+        for replacer, policy in zip(self.replacers, self._expert_policies, strict=True):
+            if getattr(policy, "static", False):
+                assert policy is not None
+                group = replacer.group
+                wanted = policy.place(group.load(), group.placement)
+                if wanted is not None:
+                    group.set_layers(np.arange(len(wanted.physical_to_logical)), wanted.physical_to_logical)
 
     # ------------------------------------------------------------------------------------------------ running
     @property
@@ -126,10 +155,9 @@ class SimulatedCluster:
         """
         if progress is not None:
             self.environment.process(self._report(progress))
-        while self.next_decision():
-            if self._engine_policy is None:
-                raise RuntimeError("the cluster has no engine policy; use next_decision() and dispatch()")
-            self._decide(self._engine_policy)
+        pending = self.next_decision()
+        while pending:
+            pending = self.dispatch(self._choose())
 
     def warm_up(self) -> None:
         """Compile or load the kernel now, so that what follows is simulation only."""
@@ -137,11 +165,38 @@ class SimulatedCluster:
 
     def next_decision(self) -> bool:
         """Advance to the next request that needs a dispatch decision; False at the end of the run."""
-        return self._advance(NONE)
+        return self._advance_to_dispatch(NONE)
 
     def dispatch(self, engine: int) -> bool:
         """Send the pending request to ``engine`` and advance to the next decision; False at the end of the run."""
-        return self._advance(engine)
+        return self._advance_to_dispatch(engine)
+
+    def next_placement(self) -> int | None:
+        """Advance to the next time that an expert group may be placed anew; None at the end of the run.
+
+        The engine policy dispatches meanwhile. The caller answers by :meth:`place`, before anything else.
+        """
+        reason = self._advance(NONE)
+        while reason == DISPATCH:
+            reason = self._advance(self._choose())
+        if reason == DONE:
+            return None
+        return int(self.memory.cluster["placement_group"][0])
+
+    def place(self, policy: ExpertPolicy | None) -> None:
+        """Ask a policy for the pending group's placement and begin what it wants; None keeps the placement.
+
+        Raises:
+            InputError: the policy's placement loses an expert or has another shape.
+        """
+        cluster = self.memory.cluster
+        index, now = int(cluster["placement_group"][0]), float(cluster["placement_s"][0])
+        cluster["placement_group"] = NONE
+        if policy is None:
+            self.replacers[index].postpone()
+        else:
+            future = self._future_load(index, now) if getattr(policy, "needs_oracle", False) else None
+            self.replacers[index].ask(policy, now, future)
 
     def request_view(self) -> RequestView:
         """The pending request."""
@@ -165,37 +220,54 @@ class SimulatedCluster:
         """The engines at the pending decision."""
         return EngineViews(self.memory.engine_view.copy(order="C"))
 
-    def _advance(self, action: int) -> bool:
+    def _advance_to_dispatch(self, action: int) -> bool:
+        reason = self._advance(action)
+        while reason == PLACEMENT:
+            self.place(self._expert_policies[int(self.memory.cluster["placement_group"][0])])
+            reason = self._advance(NONE)
+        return reason == DISPATCH
+
+    def _advance(self, action: int) -> int:
+        """Advance to a dispatch decision, a placement or the end: DISPATCH, PLACEMENT or DONE."""
         cluster = self.memory.cluster
         while True:
             horizon = self.environment.peek()
             reason = advance_to_decision(cluster, horizon, action, self.totals)
             action = NONE
-            if reason == DISPATCH:
-                return True
+            if reason in (DISPATCH, PLACEMENT):
+                return reason
             if reason == HORIZON:
                 self.environment.step()
             elif reason == DONE:
                 # Later events, a recovery for instance, matter only to requests that wait for an engine.
                 if horizon == float("inf") or self.finished == len(self.table):
-                    return False
+                    return DONE
                 cluster["now_s"] = horizon
                 self.environment.step()
             else:
                 self._order_queue(int(cluster["order_engine"][0]))
 
+    def _future_load(self, index: int, now: float) -> FloatArray:
+        """Expected load of the mix of tasks that will arrive in the coming interval; for an oracle."""
+        assert self.experts is not None
+        group = self.experts.groups[index]
+        steps = max(int(group.record["steps"][0]), 1)
+        middle = now + 0.5 * group.config.replacement.interval_steps * now / steps
+        return group.expected_load(self.experts.weights_at(middle))
+
     # ------------------------------------------------------------------------------------------------ policies in
     # Python
-    def _decide(self, policy: EnginePolicy) -> None:
-        """Let a policy without compiled form dispatch until the end."""
-        while True:
-            self._deliver_events()
-            request, engines = self.request_view(), self.engine_views()
-            choice = pick(policy.score(request, engines), engines.available)
-            if "on_dispatch" in self._hooks:
-                self._hooks["on_dispatch"](request, choice)
-            if not self.dispatch(choice):
-                return
+    def _choose(self) -> int:
+        """The engine that a policy without compiled form picks for the pending request."""
+        policy = self._engine_policy
+        if policy is None:
+            raise RuntimeError("the cluster has no engine policy; use next_decision() and dispatch()")
+        self._deliver_events()
+        request, engines = self.request_view(), self.engine_views()
+        choice = pick(policy.score(request, engines), engines.available)
+        if "on_dispatch" in self._hooks:
+            self._hooks["on_dispatch"](request, choice)
+        return choice
 
     def _deliver_events(self) -> None:
         count = int(self.memory.cluster["event_count"][0])

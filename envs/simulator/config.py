@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from servegym.configuration import Config, validate
 from servegym.envs.profiles.profile import EngineLimits, Profile, load_profile
+from servegym.envs.simulator.experts.config import ExpertsConfig
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -67,8 +68,17 @@ class ClusterConfig(Config):
     moe_imbalance: Annotated[float, Field(ge=1)] | None = Field(
         default=None, description="overrides the profiles' load of the heaviest EP rank over the mean"
     )
+    experts: ExpertsConfig | None = Field(
+        default=None, description="model of unequal experts, in place of moe_imbalance; default: balanced ones"
+    )
     telemetry: Telemetry = Telemetry()
     faults: tuple[Fault, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_account_of_imbalance(self) -> Self:
+        if self.experts is not None and self.moe_imbalance is not None:
+            raise ValueError("at most one of experts and moe_imbalance")
+        return self
 
     @model_validator(mode="after")
     def _faults_name_engines(self) -> Self:

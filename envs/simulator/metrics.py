@@ -126,5 +126,22 @@ def engine_metrics(cluster: SimulatedCluster) -> dict[str, Any]:
             }
             for record in engines
         ],
-        "expert_imbalance": max(spec.profile.step_time.moe_imbalance for spec in cluster.specs),
+    } | _expert_metrics(cluster)
+
+
+def _expert_metrics(cluster: SimulatedCluster) -> dict[str, Any]:
+    """Imbalance of the experts and, with an expert model, what placement made of it."""
+    if cluster.experts is None:
+        return {"expert_imbalance": max(spec.profile.step_time.moe_imbalance for spec in cluster.specs)}
+    groups = [group.statistics() for group in cluster.experts.groups]
+    steps = np.array([group["steps"] for group in groups], dtype=np.float64)
+    weights = steps / steps.sum() if steps.sum() else np.full(len(steps), 1.0 / len(steps))
+    mean = {name: float(np.dot(weights, [group[name] for group in groups])) for name in groups[0]}
+    return {
+        "expert_imbalance": mean["imbalance"],
+        "expert_balancedness": mean["balancedness"],
+        "expert_step_s": mean["experts_s"],
+        "exchange_step_s": mean["exchange_s"],
+        "replacements": sum(replacer.count for replacer in cluster.replacers),
+        "transfer_s": sum(replacer.transfer_s for replacer in cluster.replacers),
     }

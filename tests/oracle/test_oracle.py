@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,6 @@ def _specs() -> list[dict[str, Any]]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return [module.random_spec(seed) for seed in range(SPECS)]
-
-
-@pytest.fixture(scope="module")
-def vllm_python() -> str:
-    python = os.environ.get("SERVEGYM_VLLM_PYTHON", sys.executable)
-    found = subprocess.run([python, "-c", "import vllm"], capture_output=True, check=False)
-    if found.returncode != 0:
-        pytest.skip(f"vLLM cannot be imported by {python}; set SERVEGYM_VLLM_PYTHON to an interpreter that has it")
-    return python
 
 
 @pytest.fixture(scope="module")

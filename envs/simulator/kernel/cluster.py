@@ -16,6 +16,7 @@ from numba import carray
 
 from servegym.envs.simulator.kernel.arrivals import next_arrival_s, pop_arrival
 from servegym.envs.simulator.kernel.dispatch import choose, fill_view, hand_over, strand, take_telemetry
+from servegym.envs.simulator.kernel.experts import expert_step_s, placement_due
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import engine_at, floats
 from servegym.envs.simulator.kernel.progress import settle_integrals
@@ -23,18 +24,30 @@ from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, STEP_STEADY,
 from servegym.envs.simulator.kernel.step import NEEDS_ORDER, NOTHING_TO_DO, begin_step, finish_step
 
 # Why `advance` returned.
-DONE, HORIZON, DISPATCH, ORDER = range(4)
+DONE, HORIZON, DISPATCH, ORDER, PLACEMENT = range(5)
+
+
+@jit
+def _ask_for_placement(s: State, group: int, now: float) -> bool:
+    """Whether the step at ``now`` must wait for the group's expert policy."""
+    if not placement_due(s, group):
+        return False
+    s.placement_group = group
+    s.placement_s = now
+    return True
 
 
 @jit
 def _advance_engine(s: State, e: int, limit: float) -> bool:
-    """Run one engine's events before ``limit``; False if it waits for an external order of its queue."""
+    """Run one engine's events before ``limit``; False if it waits for a policy outside of the kernel."""
     engine = engine_at(s.engines_at, e)
     while floats(s.event_s_at)[e] < limit:
         now = floats(s.event_s_at)[e]
         if engine.activity >= STEP_STEADY:
             finish_step(s, engine, now)
             engine.activity = READY
+        if engine.group != NONE and _ask_for_placement(s, engine.group, now):
+            return False
         duration = begin_step(s, engine, now)
         if duration == NEEDS_ORDER:
             s.order_engine = e
@@ -49,49 +62,75 @@ def _advance_engine(s: State, e: int, limit: float) -> bool:
 
 
 @jit
-def _advance_lockstep(s: State, limit: float) -> bool:
-    """Run the common steps of all ranks before ``limit``; a step lasts as long as its slowest rank.
+def _finish_ranks(s: State, now: float) -> None:
+    for e in range(s.engine_count):
+        engine = engine_at(s.engines_at, e)
+        if engine.activity >= STEP_STEADY:
+            finish_step(s, engine, now)
+            engine.activity = READY
 
-    Ranks without work run a dummy batch of one token. MoE layers see the tokens of all ranks together.
+
+@jit
+def _begin_ranks(s: State, now: float) -> bool:
+    """Schedule the common step of all ranks; False if one waits for an external order of its queue."""
+    for e in range(s.engine_count):
+        engine = engine_at(s.engines_at, e)
+        if engine.activity == READY and engine.alive:
+            duration = begin_step(s, engine, now)
+            if duration == NEEDS_ORDER:
+                s.order_engine = e
+                return False
+            if duration == NOTHING_TO_DO:
+                engine.activity = IDLE
+    return True
+
+
+@jit
+def _common_step_s(s: State) -> float:
+    """Duration of the step that the ranks have begun: the slowest one's own layers, then the MoE layers of all.
+
+    Ranks without work run a dummy batch of one token. NOTHING_TO_DO if no rank has work.
     """
-    count = s.engine_count
+    working, tokens, slowest = 0, 0, 0.0
+    for e in range(s.engine_count):
+        engine = engine_at(s.engines_at, e)
+        if not engine.alive:
+            continue
+        if engine.activity >= STEP_STEADY:
+            working += 1
+            tokens += engine.step_tokens
+            slowest = max(slowest, engine.step_local_s * engine.slowdown)
+        else:
+            dummy = engine.fixed_s + engine.sequence_s + floats(engine.local_cost_at)[1]
+            tokens += 1
+            slowest = max(slowest, dummy * engine.slowdown)
+    if working == 0:
+        return NOTHING_TO_DO
+    if s.groups_at != 0:
+        return slowest + expert_step_s(s, 0)
+    return slowest + floats(engine_at(s.engines_at, 0).moe_cost_at)[tokens]
+
+
+@jit
+def _advance_lockstep(s: State, limit: float) -> bool:
+    """Run the common steps of all ranks before ``limit``; False if they wait for a policy outside of the kernel."""
     while s.stepping and s.step_s < limit:
         now = s.step_s
         if s.stepping == 1:
-            for e in range(count):
-                engine = engine_at(s.engines_at, e)
-                if engine.activity >= STEP_STEADY:
-                    finish_step(s, engine, now)
-                    engine.activity = READY
+            _finish_ranks(s, now)
             s.stepping = 2
-        working, tokens, slowest = 0, 0, 0.0
-        for e in range(count):
-            engine = engine_at(s.engines_at, e)
-            if not engine.alive:
-                continue
-            if engine.activity == READY:
-                duration = begin_step(s, engine, now)
-                if duration == NEEDS_ORDER:
-                    s.order_engine = e
-                    return False
-                if duration == NOTHING_TO_DO:
-                    engine.activity = IDLE
-            if engine.activity >= STEP_STEADY:
-                working += 1
-                tokens += engine.step_tokens
-                slowest = max(slowest, engine.step_local_s * engine.slowdown)
-            else:
-                dummy = engine.fixed_s + engine.sequence_s + floats(engine.local_cost_at)[1]
-                tokens += 1
-                slowest = max(slowest, dummy * engine.slowdown)
-        if working == 0:
+        if s.groups_at != 0 and _ask_for_placement(s, 0, now):
+            return False
+        if not _begin_ranks(s, now):
+            return False
+        duration = _common_step_s(s)
+        if duration == NOTHING_TO_DO:
             s.stepping = 0
             s.step_s = math.inf
             return True
-        duration = slowest + floats(engine_at(s.engines_at, 0).moe_cost_at)[tokens]
         s.stepping = 1
         s.step_s = now + duration
-        for e in range(count):
+        for e in range(s.engine_count):
             if engine_at(s.engines_at, e).activity >= STEP_STEADY:
                 engine_at(s.engines_at, e).busy_s += duration
                 floats(s.event_s_at)[e] = s.step_s
@@ -147,7 +186,7 @@ def sum_integrals(s: State, now: float, out: Any) -> None:
 
 @jit
 def _advance_all(s: State, limit: float) -> bool:
-    """Run all engine events before ``limit``, follow-ups that arrive meanwhile apart; False to wait for an order."""
+    """Run all engine events before ``limit``, follow-ups that arrive meanwhile apart; False to wait for a policy."""
     if not s.closed_loop:
         return _advance_engines(s, limit)
     while _next_engine_event_s(s) < min(limit, next_arrival_s(s)):
@@ -184,8 +223,9 @@ def advance(cluster: Any, horizon: float, action: int) -> int:
         action: engine for the request that waits for a decision, NONE if none does.
 
     Returns:
-        DONE when nothing is left to happen, HORIZON, DISPATCH with the view filled and ``pending`` set, or ORDER with
-        ``order_engine`` set.
+        DONE when nothing is left to happen, HORIZON, DISPATCH with the view filled and ``pending`` set, ORDER with
+        ``order_engine`` set, or PLACEMENT with ``placement_group`` and ``placement_s`` set, which the caller takes back
+        by moving the group's ``next_placement``.
     """
     s = cluster[0]
     if s.pending != NONE:
@@ -197,7 +237,7 @@ def advance(cluster: Any, horizon: float, action: int) -> int:
     while True:
         snapshot = s.telemetry_count * s.telemetry_period_s if s.telemetry_period_s > 0.0 else math.inf
         if not _advance_all(s, min(horizon, min(next_arrival_s(s), snapshot))):
-            return ORDER
+            return ORDER if s.placement_group == NONE else PLACEMENT
         arrival = next_arrival_s(s)
         if arrival == math.inf and _next_engine_event_s(s) == math.inf:
             return DONE

@@ -9,7 +9,7 @@ from servegym.envs.simulator.kernel.arrivals import push_later
 from servegym.envs.simulator.kernel.blocks import clear_cache, reset_pool
 from servegym.envs.simulator.kernel.dispatch import rescue
 from servegym.envs.simulator.kernel.jit import jit
-from servegym.envs.simulator.kernel.memory import engine_at, floats, ints, request_at
+from servegym.envs.simulator.kernel.memory import engine_at, floats, ints, longs, request_at
 from servegym.envs.simulator.kernel.progress import NEVER, mark_changed, settle_integrals
 from servegym.envs.simulator.kernel.state import (
     DECODE,
@@ -83,6 +83,8 @@ def kill(cluster: Any, e: int, now: float) -> None:
     engine.next_finish = NEVER
     for i in range(engine.block_size):
         ints(engine.phases_at)[i] = 0
+    for task in range(engine.tasks):
+        longs(engine.task_decoding_at)[task] = 0
     engine.inflight = engine.inflight_prompt = engine.prefill_requests = engine.prefill_tokens = 0
     engine.tpot_rate = 0.0
     engine.activity = IDLE

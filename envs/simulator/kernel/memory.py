@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from servegym.envs.simulator.kernel.state import BLOCK, ENGINE, REQUEST, TELEMETRY
+from servegym.envs.simulator.kernel.state import BLOCK, ENGINE, EXPERTS, REQUEST, TELEMETRY
 
 
 def _pointer(element: types.Type) -> Any:
@@ -75,9 +75,11 @@ ints = _pointer(types.int32)
 longs = _pointer(types.int64)
 floats = _pointer(types.float64)
 small = _pointer(types.int8)
+shorts = _pointer(types.uint16)
 request_at = _element(REQUEST)
 engine_at = _element(ENGINE)
 telemetry_at = _element(TELEMETRY)
 block_at = _element(BLOCK)
+experts_at = _element(EXPERTS)
 call_engine_score = _call(types.void, pointers=4, integers=2)
 call_request_key = _call(types.float64, pointers=3, integers=1)

@@ -73,6 +73,8 @@ def start_decoding(s: State, engine: Engine, r: int, tick0: int) -> None:
     engine.context += request.prompt + engine.tick - tick0
     engine.next_finish = min(engine.next_finish, tick0 + request.output)
     ints(engine.phases_at)[block_phase(s, engine, r)] += 1
+    if engine.tasks > 0:
+        longs(engine.task_decoding_at)[request.task] += 1
 
 
 @jit
@@ -82,6 +84,8 @@ def stop_decoding(s: State, engine: Engine, r: int) -> None:
     ints(engine.phases_at)[block_phase(s, engine, r)] -= 1
     engine.decoding -= 1
     engine.context -= total_tokens(s, engine, r)
+    if engine.tasks > 0:
+        longs(engine.task_decoding_at)[request.task] -= 1
     request.generated = engine.tick - request.tick0
 
 

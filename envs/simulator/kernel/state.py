@@ -24,6 +24,10 @@ IDLE, READY, STEP_STEADY, STEP_MIXED = range(4)
 
 NONE = -1
 
+# Expert model: buckets of the load window that an expert policy sees; tables are by batch sizes 1, 2, 4, ...
+WINDOW_BUCKETS = 8
+BATCH_SIZES = 15
+
 REQUEST = np.dtype(
     [
         # Given by the workload.
@@ -43,6 +47,10 @@ REQUEST = np.dtype(
         ("template_tokens", "i4"),
         ("rank", "i4"),  # breaks ties of a priority queue, as vLLM's request id does
         ("shared_stream", "i4"),  # another request has the same stream
+        ("task", "i4"),  # expert model: what its tokens are about
+        ("bank_start", "i8"),  # expert model, sampled: the sequence of the bank whose routing it follows,
+        ("bank_length", "i4"),  # its length,
+        ("bank_offset", "i4"),  # and where it begins
         # Outcome.
         ("first_s", "f8"),
         ("finish_s", "f8"),
@@ -105,6 +113,11 @@ ENGINE = np.dtype(
         ("moe_cost_at", "i8"),  # f8 (tokens + 1,)
         ("prefill_tokens_per_s", "f8"),
         ("decode_step_s", "f8"),
+        # Expert model; without one there are no tasks.
+        ("group", "i8"),  # its EP group
+        ("tasks", "i8"),
+        ("task_decoding_at", "i8"),  # i8 (tasks,) decoding requests
+        ("task_tokens_at", "i8"),  # f8 (tasks,) tokens of the running step
         # Scheduler state.
         ("tick", "i8"),  # steps begun and completed
         ("next_finish", "i8"),  # tick at which the first decoding request finishes
@@ -187,6 +200,9 @@ CLUSTER = np.dtype(
         ("affinity_shown", "i8"),  # the view shows homes or hits
         ("shown_snapshot", "i8"),  # slot of the snapshot that the view shows
         ("order_engine", "i8"),
+        ("groups_at", "i8"),  # EXPERTS, one in lockstep, else one per engine; 0 without an expert model
+        ("placement_group", "i8"),  # the group that waits for its expert policy
+        ("placement_s", "f8"),  # since when
         ("stranded", "i8"),  # head of the list of requests that found no engine
         ("oracle", "i8"),  # the request policy is granted true output lengths
         ("recording", "i8"),
@@ -241,4 +257,76 @@ BLOCK = np.dtype(
 
 TELEMETRY = np.dtype(
     [("time_s", "f8"), ("waiting", "i8"), ("running", "i8"), ("kv_usage", "f8"), ("dispatched", "i8")], align=True
+)
+
+# The experts of one EP group, see kernel/experts.py. L layers, E experts, P slots, K ranks, T tasks, G engines,
+# B batch sizes, W window buckets.
+EXPERTS = np.dtype(
+    [
+        ("layers", "i8"),
+        ("experts", "i8"),
+        ("slots", "i8"),
+        ("ranks", "i8"),
+        ("top_k", "i8"),
+        ("tasks", "i8"),
+        ("engines", "i8"),
+        ("first_engine", "i8"),
+        ("ranks_per_engine", "i8"),
+        ("sampled", "i8"),
+        ("returning", "i8"),  # tokens return to their source rank after each layer
+        # Cost of one layer, in seconds.
+        ("expert_s", "f8"),  # per activated expert of a rank
+        ("compute_at", "i8"),  # f8 by load of a rank times compute_scale
+        ("compute_size", "i8"),
+        ("compute_scale", "f8"),
+        ("exchange_at", "i8"),  # f8 of all layers, by tokens of a rank under uniform routing
+        ("exchange_size", "i8"),
+        ("exchange_factor", "f8"),  # above 1 while a transfer of experts shares the links
+        ("uniform_traffic", "f8"),  # remote ranks that a token goes to under uniform routing
+        # Placement.
+        ("slot_expert_at", "i8"),  # i4 (L, P)
+        ("replicas_at", "i8"),  # i4 (L, E)
+        ("expert_slots_at", "i8"),  # i4 (L, E, most_replicas)
+        ("most_replicas", "i8"),
+        # What tokens of each task do under the placement, per token.
+        ("popularity_at", "i8"),  # f8 (T, L, E) experts chosen
+        ("share_at", "i8"),  # f8 (L, K, T) experts chosen on a rank
+        ("second_at", "i8"),  # f8 (L, K, T) their square
+        ("arrive_at", "i8"),  # f8 (L, K, T) dispatch: arrivals at a rank. A returning token's arrive if it is elsewhere
+        ("leave_at", "i8"),  # f8 (L, K, T) dispatch: departures. A returning token's leave if it is here
+        ("combine_arrive_at", "i8"),  # f8 (L, K, T) the same of combine, the mirror of dispatch for returning tokens
+        ("combine_leave_at", "i8"),  # f8 (L, K, T)
+        # The same for the mix of tasks that the tables were made for.
+        ("mix_at", "i8"),  # f8 (T,) running mix
+        ("table_mix_at", "i8"),  # f8 (T,)
+        ("active_at", "i8"),  # f8 (L, B, K) activated experts
+        ("active_excess_at", "i8"),  # f8 (L, B) E[max] / max E over ranks
+        ("load_excess_at", "i8"),  # f8 (L, B)
+        # The running step.
+        ("step_tasks_at", "i8"),  # f8 (T,)
+        ("source_tasks_at", "i8"),  # f8 (G, T)
+        ("slot_load_at", "i8"),  # f8 (L, P), sampled, as the next
+        ("traffic_at", "i8"),  # f8 (4, L, K) arrivals and departures of dispatch, then of combine
+        ("touched_at", "i8"),  # i8 (top_k,) ranks that a token goes to
+        # Sampled routing.
+        ("bank_at", "i8"),  # u2 (bank tokens, L, top_k)
+        ("bank_tokens", "i8"),
+        ("chunk_sample", "i8"),  # most tokens of a prefill chunk that are routed one by one
+        # Load window.
+        ("bucket_steps", "i8"),
+        ("bucket_steps_at", "i8"),  # i8 (W,) steps in each bucket
+        ("window_at", "i8"),  # f8 (W, G, T) tokens
+        ("counts_at", "i8"),  # f8 (W, G, L, E) experts chosen, sampled only
+        # Re-placement.
+        ("steps", "i8"),
+        ("next_placement", "i8"),  # the step before which the expert policy is asked
+        ("stall_s", "f8"),  # that the next step begins with
+        # Statistics.
+        ("rank_load_at", "i8"),  # f8 (K,) running average
+        ("imbalance_sum", "f8"),  # over steps: mean over layers of heaviest rank over mean
+        ("balancedness_sum", "f8"),  # the same of mean over heaviest
+        ("experts_s", "f8"),
+        ("exchange_s", "f8"),
+    ],
+    align=True,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from servegym.envs.simulator.kernel.experts import count_mixed_tasks, count_steady_tasks, expert_step_s
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import floats
 from servegym.envs.simulator.kernel.queues import order_queue
@@ -12,6 +13,7 @@ from servegym.envs.simulator.kernel.scheduler import (
     step_cost,
 )
 from servegym.envs.simulator.kernel.state import (
+    NONE,
     ORDER_DYNAMIC,
     ORDER_EXTERNAL,
     STEP_MIXED,
@@ -41,8 +43,8 @@ def begin_step(s: State, engine: Engine, now: float) -> float:
     """Schedule the next step of an engine.
 
     Returns:
-        The duration in seconds; NOTHING_TO_DO if the engine is idle; NEEDS_ORDER, with nothing changed, if an external
-        request policy must score the waiting queue first.
+        The duration in seconds, in lockstep that of the engine's own layers alone; NOTHING_TO_DO if the engine is idle;
+        NEEDS_ORDER, with nothing changed, if an external request policy must score the waiting queue first.
     """
     engine.preempted_count = 0
     if engine.running + engine.waiting == 0:
@@ -62,10 +64,18 @@ def begin_step(s: State, engine: Engine, now: float) -> float:
     if steady:
         steady_cost(s, engine)
         engine.activity = STEP_STEADY
+        if engine.tasks > 0:
+            count_steady_tasks(s, engine)
     else:
         step_cost(s, engine)
         engine.activity = STEP_MIXED
+        if engine.tasks > 0:
+            count_mixed_tasks(s, engine)
     engine.peak_blocks = max(engine.peak_blocks, engine.num_blocks - 1 - engine.free_blocks)
+    if s.lockstep:
+        return engine.step_local_s * engine.slowdown  # the MoE layers are those of all ranks together
+    if engine.group != NONE:
+        return (engine.step_local_s + expert_step_s(s, engine.group)) * engine.slowdown
     return (engine.step_local_s + floats(engine.moe_cost_at)[engine.step_tokens]) * engine.slowdown
 
 

@@ -1,0 +1,1 @@
+"""The expert model: where tokens are routed, what it costs, and how experts move."""
