@@ -35,6 +35,7 @@ from pydantic import Field, model_validator
 from servegym.configuration import Config, find_config, load_config
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
@@ -112,6 +113,29 @@ class EngineLimits(Config):
     scheduling_policy: Literal["fcfs", "priority"] = Field(default="fcfs", description="order of the waiting queue")
 
 
+class ExpertShape(Config):
+    """What the simulator's expert model needs beside :class:`StepTime`: sizes, and what a placement changes.
+
+    A rank's MoE layer costs ``expert_us`` for each expert that its tokens activate, which reads the weights; ``moe_us``
+    of :class:`StepTime` holds that cost for equally likely experts, summed over the layers.
+    """
+
+    layers: PositiveInt = Field(description="MoE layers")
+    experts: PositiveInt = Field(description="logical experts of a layer")
+    top_k: PositiveInt = Field(description="experts of a token in each layer")
+    expert_bytes: PositiveInt = Field(description="weights of one expert of one layer")
+    token_bytes: PositiveInt = Field(description="what dispatch or combine moves per token and destination rank")
+    expert_us: NonNegative = Field(description="one more activated expert of one layer on a rank, microseconds")
+    link_gb_s: Positive = Field(description="what a rank sends in an all-to-all, 1e9 bytes per second")
+    link_latency_us: NonNegative = Field(description="latency of one all-to-all; a layer has two, dispatch and combine")
+
+    @model_validator(mode="after")
+    def _top_k_of_experts(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k of at most the experts ({self.experts}), got {self.top_k}")
+        return self
+
+
 class Profile(Config):
     """One model on one hardware. Units are in the names; ``source`` says what is measured and what is modelled."""
 
@@ -122,6 +146,9 @@ class Profile(Config):
     source: str = Field(description="where the numbers come from: what is measured, what is modelled")
     engine: EngineLimits = Field(description="Limits of the engine, named as in vLLM.")
     step_time: StepTime = Field(description="Terms of the duration of a step, microseconds.")
+    experts: ExpertShape | None = Field(
+        default=None, description="For the expert model: sizes, and costs per layer that depend on the placement."
+    )
 
     def compile(self, max_tokens: int | None = None) -> StepCost:
         """Tabulate the cost for the simulator.
@@ -131,13 +158,14 @@ class Profile(Config):
         """
         tokens = np.arange((max_tokens or self.engine.max_num_batched_tokens) + 1)
         time = self.step_time
-        local = time.dense_us.at(tokens)
-        if time.communication_us is not None:
-            local = local + time.communication_us.at(tokens)
-        moe = np.zeros(len(tokens)) if time.moe_us is None else time.moe_imbalance * time.moe_us.at(tokens)
+        none = np.zeros(len(tokens))
+        communication = none if time.communication_us is None else time.communication_us.at(tokens)
+        local = time.dense_us.at(tokens) + communication
+        moe = none if time.moe_us is None else time.moe_imbalance * time.moe_us.at(tokens)
         return StepCost(
             local_table_s=local * 1e-6,
             moe_table_s=moe * 1e-6,
+            communication_table_s=communication * 1e-6,
             fixed_s=time.fixed_us * 1e-6,
             sequence_s=time.per_sequence_us * 1e-6,
             pair_s=time.prefill_pair_us * 1e-6,
@@ -152,11 +180,13 @@ class StepCost:
     Attributes:
         local_table_s: cost of dense layers and communication by tokens of the step, shape (max_tokens + 1,).
         moe_table_s: cost of MoE layers by tokens of the step over all expert-parallel ranks, same shape.
+        communication_table_s: the communication within ``local_table_s``, same shape.
         fixed_s, sequence_s, pair_s, context_s: the coefficients of :class:`StepTime`.
     """
 
     local_table_s: npt.NDArray[np.float64]
     moe_table_s: npt.NDArray[np.float64]
+    communication_table_s: npt.NDArray[np.float64]
     fixed_s: float
     sequence_s: float
     pair_s: float
