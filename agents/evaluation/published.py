@@ -79,11 +79,18 @@ def compare(result: Evaluation) -> list[dict[str, Any]]:
                     name: float(end) if np.isfinite(end) else None
                     for name, end in (("value", mine.value), ("low", mine.low), ("high", mine.high))
                 },
-                "same_direction": bool(np.sign(mine.value) == np.sign(figure.value)) if known else None,
+                "same_direction": _same_direction(mine, figure.value) if known else None,
                 "distance": float(mine.value - figure.value) if known else None,
             }
         )
     return rows
+
+
+def _same_direction(mine: Interval, value: float) -> bool | None:
+    """Whether both have one sign; of no change, whether the interval contains it, None without an interval."""
+    if value != 0:
+        return bool(np.sign(mine.value) == np.sign(value))
+    return not mine.excludes_zero if np.isfinite(mine.low) else None
 
 
 def published_table(result: Evaluation) -> Table:

@@ -40,7 +40,7 @@ class Evaluation:
 
     Attributes:
         config: what was evaluated.
-        rows: a row per cell and policy: workload, load, seed, policy and the metrics of the run.
+        rows: a row per cell and policy: workload, load or rate_rps, seed, policy and the metrics of the run.
     """
 
     config: EvaluationConfig

@@ -67,6 +67,12 @@ def test_levels_are_pooled_as_ratios_and_a_rise_is_the_other_direction() -> None
     assert [row["same_direction"] for row in compare(result)] == [True, False]
 
 
+def test_no_change_is_reproduced_by_an_interval_around_it() -> None:
+    figures = [FIGURE | {"value": 0.0, "metric": metric} for metric in ("ttft_s", "throughput_rps")]
+    rows = compare(_evaluation(_config(published=figures), FACTORS))
+    assert [row["same_direction"] for row in rows] == [False, True]
+
+
 def test_values_that_do_not_exist_are_unknown() -> None:
     config = _config(published=[FIGURE | {"metric": "ttft_p99_s"}])
     result = _evaluation(config, FACTORS)
