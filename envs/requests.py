@@ -79,21 +79,29 @@ class RequestSource:
         self._max_tokens = fits if self.workload.trace is None else None
 
     def table(
-        self, seed: int, *, load: float | None = None, requests: int | None = None, cluster: ClusterConfig | None = None
+        self,
+        seed: int,
+        *,
+        load: float | None = None,
+        rate_rps: float | None = None,
+        requests: int | None = None,
+        cluster: ClusterConfig | None = None,
     ) -> RequestTable:
         """Draw the requests of one run.
 
         Args:
             seed: the draw.
             load: overrides the choice's rate by a share of capacity.
+            rate_rps: overrides the choice's rate, requests per second.
             requests: overrides the choice's number.
             cluster: overrides the cluster that the load refers to.
 
         Raises:
             InputError: a bad trace file, or no rate for a generated workload.
         """
-        load = load if load is not None else self.choice.load
-        rate = self.choice.rate_rps if load is None else load * self.capacity_rps(cluster)
+        if load is None and rate_rps is None:
+            load, rate_rps = self.choice.load, self.choice.rate_rps
+        rate = rate_rps if load is None else load * self.capacity_rps(cluster)
         count = requests or self.choice.requests
         if count is None and self.workload.trace is None:
             count = 10_000

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from servegym.agents.evaluation.published import PublishedFigure
 from servegym.configuration import Config
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.simulation import Objectives, Policies
@@ -23,12 +24,16 @@ class EvaluationConfig(Config):
     name: str = "evaluation"
     cluster: ClusterConfig = ClusterConfig()
     workloads: tuple[WorkloadChoice, ...] = Field(min_length=1, description="their own load or rate_rps is not used")
-    loads: tuple[Positive, ...] = Field(default=(0.8,), min_length=1, description="shares of the cluster's capacity")
+    loads: tuple[Positive, ...] = Field(
+        default=(), description="shares of the cluster's capacity; default: 0.8, or none with rates_rps"
+    )
+    rates_rps: tuple[Positive, ...] = Field(default=(), description="mean arrival rates, instead of loads")
     seeds: Annotated[int, Field(ge=1)] | tuple[Seed, ...] = Field(default=5, description="how many, or which")
     policies: dict[str, Policies] = Field(min_length=1, description="label -> policies of the three layers")
     baseline: str = Field(description="label of the policy that the others are compared with")
     slo: Objectives = Objectives()
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    published: tuple[PublishedFigure, ...] = Field(default=(), description="figures to compare the result with")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -36,10 +41,30 @@ class EvaluationConfig(Config):
             raise ValueError(
                 f"a baseline among the policies, not {self.baseline!r}; {nearest(self.baseline, self.policies)}"
             )
+        if self.loads and self.rates_rps:
+            raise ValueError("either loads or rates_rps")
+        for figure in self.published:
+            for label in (figure.policy, figure.baseline or self.baseline):
+                if label not in self.policies:
+                    raise ValueError(
+                        f"published figures of the policies, not {label!r}; {nearest(label, self.policies)}"
+                    )
+            if figure.level is not None and figure.level not in self.levels:
+                raise ValueError(f"published figures at a load or rate of the evaluation, not {figure.level:g}")
         labels = [workload.label for workload in self.workloads]
         if len(set(labels)) < len(labels):
             raise ValueError("workloads that differ by name")
         return self
+
+    @property
+    def level_name(self) -> Literal["load", "rate_rps"]:
+        """What ``levels`` counts, as a key of results."""
+        return "rate_rps" if self.rates_rps else "load"
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The loads, or the rates."""
+        return self.rates_rps or self.loads or (0.8,)
 
     @property
     def seed_list(self) -> tuple[int, ...]:

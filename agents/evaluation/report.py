@@ -12,6 +12,7 @@ from rich.table import Table
 
 import servegym
 from servegym.agents.evaluation.config import EvaluationConfig
+from servegym.agents.evaluation.published import compare, published_table
 from servegym.agents.statistics import (
     Interval,
     interquartile_mean,
@@ -39,18 +40,18 @@ class Evaluation:
 
     Attributes:
         config: what was evaluated.
-        rows: a row per cell and policy: workload, load, seed, policy and the metrics of the run.
+        rows: a row per cell and policy: workload, load or rate_rps, seed, policy and the metrics of the run.
     """
 
     config: EvaluationConfig
     rows: list[dict[str, Any]]
 
-    def values(self, metric: str, policy: str, workload: str, load: float) -> list[float]:
+    def values(self, metric: str, policy: str, workload: str, level: float) -> list[float]:
         """Return the values of a metric over the seeds, in order of the seeds."""
         path = METRICS[metric][1]
         found = []
         for row in self.rows:
-            if (row["policy"], row["workload"], row["load"]) == (policy, workload, load):
+            if (row["policy"], row["workload"], row[self.config.level_name]) == (policy, workload, level):
                 value: Any = row
                 for key in path:
                     value = value[key]
@@ -59,23 +60,25 @@ class Evaluation:
 
     @property
     def conditions(self) -> list[tuple[str, float]]:
-        """Pairs of workload and load."""
-        return [(workload.label, load) for workload in self.config.workloads for load in self.config.loads]
+        """Pairs of workload and load, or rate."""
+        return [(workload.label, level) for workload in self.config.workloads for level in self.config.levels]
 
     def statistics(self) -> list[dict[str, Any]]:
         """Return a mapping per condition and policy: mean and paired difference of each metric, with intervals."""
         found = []
-        for workload, load in self.conditions:
+        for workload, level in self.conditions:
             for policy in self.config.policies:
                 metrics = {}
                 for metric in METRICS:
-                    mine = self.values(metric, policy, workload, load)
-                    other = self.values(metric, self.config.baseline, workload, load)
+                    mine = self.values(metric, policy, workload, level)
+                    other = self.values(metric, self.config.baseline, workload, level)
                     metrics[metric] = {
                         "mean": _plain(mean_interval(mine)),
                         "difference": _plain(_difference(mine, other)),
                     }
-                found.append({"workload": workload, "load": load, "policy": policy, "metrics": metrics})
+                found.append(
+                    {"workload": workload, self.config.level_name: level, "policy": policy, "metrics": metrics}
+                )
         return found
 
     def summary(self) -> dict[str, Any]:
@@ -87,9 +90,9 @@ class Evaluation:
         result = {}
         for policy in self.config.policies:
             ratios, mine, other = [], [], []
-            for workload, load in self.conditions:
-                mine.append(self.values("ttft_s", policy, workload, load))
-                other.append(self.values("ttft_s", self.config.baseline, workload, load))
+            for workload, level in self.conditions:
+                mine.append(self.values("ttft_s", policy, workload, level))
+                other.append(self.values("ttft_s", self.config.baseline, workload, level))
                 ratios.append(np.divide(mine[-1], other[-1]))
             means = [float(ratio.mean()) for ratio in ratios]
             interval = stratified_bootstrap(ratios, lambda cells: interquartile_mean(np.concatenate(cells)))
@@ -111,17 +114,25 @@ class Evaluation:
             "baseline": self.config.baseline,
             "statistics": self.statistics(),
             "summary": self.summary(),
+            "published": compare(self),
             "cells": self.rows,
         }
 
     def tables(self) -> list[Table]:
-        """Return a table per workload and load: means, and in brackets the paired difference to the baseline."""
-        return [self._table(workload, load) for workload, load in self.conditions]
+        """Return a table per workload and load: means, and below them the paired difference to the baseline.
 
-    def _table(self, workload: str, load: float) -> Table:
+        The last one compares with the published figures, if the config has any.
+        """
+        found = [self._table(workload, level) for workload, level in self.conditions]
+        return [*found, published_table(self)] if self.config.published else found
+
+    def _level(self, level: float) -> str:
+        return f"load {level:g}" if self.config.level_name == "load" else f"{level:g} requests/s"
+
+    def _table(self, workload: str, level: float) -> Table:
         count = len(self.config.seed_list)
         table = Table(
-            title=f"{workload}, load {load:g}, {count} seed{'s' if count > 1 else ''}",
+            title=f"{workload}, {self._level(level)}, {count} seed{'s' if count > 1 else ''}",
             caption=f"Mean over seeds; below it the difference to {self.config.baseline} on the same requests, in %,"
             " with half its 95 % interval. * the interval excludes 0. Bold: the best.",
             title_justify="left",
@@ -134,20 +145,20 @@ class Evaluation:
         best: dict[str, str] = {}
         for metric, (heading, _, _, _, lower) in METRICS.items():
             table.add_column(heading, justify="right", no_wrap=True)
-            means = {p: np.mean(self.values(metric, p, workload, load)) for p in self.config.policies}
+            means = {p: np.mean(self.values(metric, p, workload, level)) for p in self.config.policies}
             best[metric] = min(means, key=means.__getitem__) if lower else max(means, key=means.__getitem__)
         for policy in self.config.policies:
-            table.add_row(policy, *(self._entry(metric, policy, workload, load, best[metric]) for metric in METRICS))
+            table.add_row(policy, *(self._entry(metric, policy, workload, level, best[metric]) for metric in METRICS))
         return table
 
-    def _entry(self, metric: str, policy: str, workload: str, load: float, best: str) -> str:
+    def _entry(self, metric: str, policy: str, workload: str, level: float, best: str) -> str:
         _, _, factor, decimals, _ = METRICS[metric]
-        mine = self.values(metric, policy, workload, load)
+        mine = self.values(metric, policy, workload, level)
         text = f"{np.mean(mine) * factor:.{decimals}f}"
         text = f"[bold]{text}[/bold]" if policy == best else text
         if policy == self.config.baseline:
             return text
-        gap = _difference(mine, self.values(metric, self.config.baseline, workload, load))
+        gap = _difference(mine, self.values(metric, self.config.baseline, workload, level))
         half = "" if np.isnan(gap.low) else f"±{50 * (gap.high - gap.low):.1f}"
         return f"{text}\n{100 * gap.value:+.1f}{half}{'*' if gap.excludes_zero else ' '}"
 

@@ -30,12 +30,12 @@ _sources: dict[str, RequestSource] = {}
 
 
 def run_cell(config: EvaluationConfig, cell: Cell) -> list[Row]:
-    """Run all policies on the requests of one cell: (index of the workload, load, seed). Returns a row per policy."""
-    index, load, seed = cell
+    """Run all policies on the requests of one cell, (index of the workload, load or rate, seed): a row per policy."""
+    index, level, seed = cell
     choice = config.workloads[index].model_copy(update={"load": None, "rate_rps": None})
     key = config.cluster.model_dump_json() + choice.model_dump_json()
     source = _sources.setdefault(key, RequestSource(choice, config.cluster))
-    table = source.table(seed, load=load)
+    table = source.table(seed, rate_rps=level) if config.rates_rps else source.table(seed, load=level)
     rows = []
     for label, policies in config.policies.items():
         simulation = SimulationConfig(
@@ -48,7 +48,7 @@ def run_cell(config: EvaluationConfig, cell: Cell) -> list[Row]:
         )
         metrics = simulate(simulation, table=table).metrics()
         del metrics["wall_s"]
-        rows.append({"workload": choice.label, "load": load, "seed": seed, "policy": label} | metrics)
+        rows.append({"workload": choice.label, config.level_name: level, "seed": seed, "policy": label} | metrics)
     return rows
 
 
@@ -67,9 +67,9 @@ def evaluate(
         InputError: unknown names, a bad trace, or ``out`` holds another evaluation.
     """
     cells: list[Cell] = [
-        (index, load, seed)
+        (index, level, seed)
         for index in range(len(config.workloads))
-        for load in config.loads
+        for level in config.levels
         for seed in config.seed_list
     ]
     done = _finished(config, out)

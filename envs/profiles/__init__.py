@@ -4,11 +4,20 @@
 and :mod:`.cpu_table` the one of the CPU engine.
 """
 
-from servegym.envs.profiles.profile import EngineLimits, Profile, StepCost, StepTime, TokenCurve, load_profile
+from servegym.envs.profiles.profile import (
+    EngineLimits,
+    ExpertShape,
+    Profile,
+    StepCost,
+    StepTime,
+    TokenCurve,
+    load_profile,
+)
 from servegym.envs.profiles.rates import decode_step_s, prefill_tokens_per_s
 
 __all__ = [
     "EngineLimits",
+    "ExpertShape",
     "Profile",
     "StepCost",
     "StepTime",

@@ -42,18 +42,29 @@ class KernelCosts:
         model: shape of the model.
         gpu: the GPU.
         tables: its kernel tables.
-        ranks: expert-parallel ranks, each with data-parallel attention: experts are divided, the rest is replicated.
+        ranks: expert-parallel ranks: experts are divided, the rest is replicated between engines.
+        tensor: GPUs of one engine, among the ranks: they divide attention, projections and lm_head.
     """
 
     model: ModelShape
     gpu: Gpu
     tables: KernelTables
     ranks: int = 1
+    tensor: int = 1
+
+    @property
+    def engines(self) -> int:
+        """Engines of the expert-parallel group, each with its own batch."""
+        return self.ranks // self.tensor
+
+    @cached_property
+    def _shard(self) -> ModelShape:
+        return self.model.shard(self.tensor)
 
     @cached_property
     def projections(self) -> Series:
         """(tokens, us) of QKV, output and router projection of all layers, at the tables' own row counts."""
-        model = self.model
+        model = self._shard
         tokens, qkv = self.tables.gemm(model.qkv_width, model.hidden)
         total = qkv.copy()
         for columns, depth in ((model.hidden, model.heads * model.head_dim), (model.experts, model.hidden)):
@@ -66,7 +77,7 @@ class KernelCosts:
         An add + RMSNorm reads and writes the hidden state and the residual, QK norm and rotary embedding read and write
         queries and keys; a kernel takes its floor plus its bytes over the bandwidth.
         """
-        model = self.model
+        model = self._shard
         norms = 2 * 4 * model.hidden
         rotary = 2 * 2 * (model.heads + model.kv_heads) * model.head_dim
         us_per_token = BYTES * (norms + rotary) / self._bytes_per_us
@@ -102,23 +113,27 @@ class KernelCosts:
 
         Together they move what one all-reduce moves, which is measured. The message holds the tokens of all ranks,
         taken to be as many as this rank's each. The measured kernel is vLLM's custom all-reduce at every size; vLLM
-        itself turns to NCCL for messages of many MiB, so the cost of a large prefill is an upper bound.
+        itself turns to NCCL for messages of many MiB, so the cost of a large prefill is an upper bound. Tensor parallel
+        GPUs add one all-reduce a layer, after the output projection; the one after the experts is part of the combine.
         """
         if self.ranks == 1:
             return np.zeros_like(tokens)
-        message = BYTES * self.model.hidden * self.ranks * tokens
-        return np.asarray(self.model.layers * np.interp(message, *self.tables.all_reduce(self.ranks)))
+        own = BYTES * self.model.hidden * tokens
+        us = np.interp(self.engines * own, *self.tables.all_reduce(self.ranks))
+        if self.tensor > 1:
+            us = us + np.interp(own, *self.tables.all_reduce(self.tensor))
+        return np.asarray(self.model.layers * us)
 
     @cached_property
     def attention(self) -> AttentionRows:
         """Attention of one layer, as measured; multiply by the layers."""
-        return self.tables.attention(self.model)
+        return self.tables.attention(self._shard)
 
     @cached_property
     def lm_head(self) -> Series:
         """(sequences, us) of the lm_head, scaled in proportion to its columns."""
         rows, us = self.tables.gemm(LM_HEAD_COLUMNS, self.model.hidden)
-        return rows, us * self.model.vocabulary / LM_HEAD_COLUMNS
+        return rows, us * self.model.vocabulary / self.tensor / LM_HEAD_COLUMNS
 
     @property
     def sampler_us_per_sequence(self) -> float:

@@ -30,10 +30,12 @@ import numpy as np
 import numpy.typing as npt
 
 from servegym.envs.profiles.document import render, write
+from servegym.envs.profiles.expert_cost import expert_shape, fit_experts
 from servegym.envs.profiles.fitting import FitQuality, FloatArray, fit_curve, fit_relative, significant
-from servegym.envs.profiles.hardware import H200, MODELS, Gpu, ModelShape, kv_blocks
+from servegym.envs.profiles.hardware import GPUS, H200, MODELS, Gpu, ModelShape, kv_blocks
 from servegym.envs.profiles.kernel_costs import HOST_US, KernelCosts
 from servegym.envs.profiles.profile import EngineLimits, Profile, StepTime, TokenCurve
+from servegym.envs.profiles.scaled_tables import ScaledTables
 from servegym.envs.profiles.tables import AttentionRows, KernelTables
 from servegym.errors import InputError, nearest
 
@@ -45,8 +47,7 @@ SMALL_BATCH = 256
 
 BLOCK_SIZE = 16
 MAX_NUM_SEQS = 256
-MAX_NUM_BATCHED_TOKENS = 8192
-GPU_MEMORY_UTILIZATION = 0.92
+LARGEST_PREFILL = 16384
 
 SOURCE = (
     "Measured: per-kernel latencies of vLLM 0.24 on NVIDIA H200, from ai-dynamo/aiconfigurator @ 095f58a5 "
@@ -81,14 +82,17 @@ class Report:
         return rows
 
 
-def build_profile(model_name: str, tables: Path, ranks: int = 1, gpu: Gpu = H200) -> tuple[Profile, Report]:
+def build_profile(
+    model_name: str, tables: Path, ranks: int = 1, gpu: Gpu = H200, tensor: int = 1
+) -> tuple[Profile, Report]:
     """Build the profile of one rank of a model.
 
     Args:
         model_name: a key of ``MODELS``.
         tables: folder of the tables.
-        ranks: 1, or the number of expert-parallel ranks of a lockstep cluster with data-parallel attention.
-        gpu: the GPU that the tables were measured on.
+        ranks: 1, or the number of expert-parallel ranks of a lockstep cluster.
+        gpu: the GPU; tables measured on another one are scaled.
+        tensor: GPUs of one engine, each an expert-parallel rank; the engines are data parallel.
 
     Raises:
         InputError: unknown model, tables that are missing or hold no rows of this shape, or no pyarrow.
@@ -96,7 +100,7 @@ def build_profile(model_name: str, tables: Path, ranks: int = 1, gpu: Gpu = H200
     if model_name not in MODELS:
         raise InputError("--model", "", f"got {model_name!r}; {nearest(model_name, MODELS)}")
     model = MODELS[model_name]
-    costs = KernelCosts(model, gpu, KernelTables(tables, gpu.tables), ranks)
+    costs = KernelCosts(model, gpu, _tables(tables, gpu), ranks, tensor)
     rows = _relevant(costs.attention, model)
     terms = np.stack([np.ones(len(rows.us)), rows.sequences, rows.tokens, rows.pairs, rows.context], axis=1)
     attention = fit_relative(terms, rows.us)
@@ -137,12 +141,20 @@ def build_profile(model_name: str, tables: Path, ranks: int = 1, gpu: Gpu = H200
         ratio = us / costs.moe(skewed_tokens)
         small = skewed_tokens <= SMALL_BATCH
         skew[name] = (float(np.median(ratio[small])), float(np.median(ratio[~small])), float(ratio.max()))
-    return _profile(model_name, model, gpu, ranks, step_time), Report(fits, skew)
+    experts = fit_experts(model, costs.tables, ranks)
+    fits |= {"per expert": experts.quality, "MoE by expert": experts.decomposition}
+    return _profile(model_name, costs, step_time), Report(fits, skew)
+
+
+def _tables(folder: Path, gpu: Gpu) -> KernelTables:
+    if gpu.tables is not None:
+        return KernelTables(folder, gpu.tables)
+    return ScaledTables(folder, str(H200.tables), measured=H200, target=gpu)
 
 
 def _relevant(rows: AttentionRows, model: ModelShape) -> AttentionRows:
-    """Keep the batches that an engine with these limits can run, with prefill up to twice the token budget."""
-    keep = (rows.sequences <= MAX_NUM_SEQS) & (rows.tokens <= 2 * MAX_NUM_BATCHED_TOKENS)
+    """Keep the batches that an engine with these limits can run, with prefill up to twice the largest token budget."""
+    keep = (rows.sequences <= MAX_NUM_SEQS) & (rows.tokens <= LARGEST_PREFILL)
     keep &= rows.context <= rows.sequences * model.max_position_embeddings
     return _select(rows, keep)
 
@@ -158,9 +170,9 @@ def _curve(tokens: FloatArray, us: FloatArray, knots: Sequence[int]) -> TokenCur
 
 def _whole_steps(costs: KernelCosts, rows: AttentionRows, time: StepTime) -> dict[str, FitQuality]:
     """Compare the profile with the plain sum of the tables, for a step of each batch in the attention tables."""
-    rows = _select(rows, costs.ranks * rows.tokens <= MOE_KNOTS[-1])  # beyond it the MoE table ends
+    rows = _select(rows, costs.engines * rows.tokens <= MOE_KNOTS[-1])  # beyond it the MoE table ends
     projections = np.interp(rows.tokens, *costs.projections) + costs.elementwise(rows.tokens)
-    moe, communication = costs.moe(costs.ranks * rows.tokens), costs.communication(rows.tokens)
+    moe, communication = costs.moe(costs.engines * rows.tokens), costs.communication(rows.tokens)
     head = np.interp(rows.sequences, *costs.lm_head) + costs.sampler_us_per_sequence * rows.sequences
     summed = projections + moe + communication + costs.model.layers * rows.us + head + HOST_US
 
@@ -168,7 +180,7 @@ def _whole_steps(costs: KernelCosts, rows: AttentionRows, time: StepTime) -> dic
     fitted = time.fixed_us + time.per_sequence_us * rows.sequences + time.dense_us.at(tokens)
     fitted += time.prefill_pair_us * rows.pairs + time.decode_context_us * rows.context
     if time.moe_us is not None:
-        fitted += time.moe_us.at(costs.ranks * tokens)
+        fitted += time.moe_us.at(costs.engines * tokens)
     if time.communication_us is not None:
         fitted += time.communication_us.at(tokens)
     decode = rows.pairs == 0
@@ -178,36 +190,69 @@ def _whole_steps(costs: KernelCosts, rows: AttentionRows, time: StepTime) -> dic
     }
 
 
-def _profile(model_name: str, model: ModelShape, gpu: Gpu, ranks: int, step_time: StepTime) -> Profile:
+def _profile(model_name: str, costs: KernelCosts, step_time: StepTime) -> Profile:
+    model, gpu, ranks, tensor = costs.model, costs.gpu, costs.ranks, costs.tensor
     blocks = kv_blocks(
         model,
         gpu,
         ranks=ranks,
         block_size=BLOCK_SIZE,
-        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        max_num_batched_tokens=gpu.max_num_batched_tokens,
         max_num_seqs=MAX_NUM_SEQS,
-        utilization=GPU_MEMORY_UTILIZATION,
+        utilization=gpu.utilization,
+        tensor=tensor,
     )
     limits = EngineLimits(
         block_size=BLOCK_SIZE,
         num_blocks=blocks,
         max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        max_num_batched_tokens=gpu.max_num_batched_tokens,
         max_model_len=model.max_position_embeddings,
     )
     layout = f"one of {ranks} expert-parallel ranks with data-parallel attention (lockstep)" if ranks > 1 else "one GPU"
+    if tensor > 1:
+        layout = f"engine of {tensor} tensor-parallel GPUs among {ranks} expert-parallel ranks (lockstep)"
+    suffix = (f"-tp{tensor}" if tensor > 1 else "") + (f"-ep{ranks}" if ranks > 1 else "")
     return Profile(
-        name=f"{model_name}-{gpu.name.split()[-1].lower()}" + (f"-ep{ranks}" if ranks > 1 else ""),
+        name=f"{model_name}-{gpu.name.split()[-1].lower()}" + suffix,
         description=f"{model.model}, bfloat16, on {gpu.name}, {layout}",
         model=model.model,
         hardware=gpu.name,
-        source=SOURCE,
+        source=SOURCE if gpu.tables is not None else _scaled_source(gpu),
         engine=limits,
         step_time=step_time,
+        experts=expert_shape(model, costs.tables, ranks),
     )
 
 
-def header(profile: Profile, report: Report, command: str) -> list[str]:
+def _scaled_source(gpu: Gpu) -> str:
+    bandwidth = gpu.bandwidth_bytes_per_s / H200.bandwidth_bytes_per_s
+    flops, link = gpu.flops_per_s / H200.flops_per_s, gpu.link_bytes_per_s / H200.link_bytes_per_s
+    return (
+        f"Modelled throughout: nothing here was measured on {gpu.name}. Each kernel of the H200 profile is scaled by "
+        f"the ratio of its roofline times, with {bandwidth:.3f} of H200's HBM bandwidth, {flops:.3f} of its dense "
+        f"bfloat16 rate and {link:.3f} of its NVLink bandwidth (data sheets, SXM, 80 GB); 2 us a kernel and the "
+        f"latency of the all-reduce are kept (servegym.envs.profiles.scaled_tables). {SOURCE}"
+    )
+
+
+def _limits(profile: Profile, gpu: Gpu) -> list[str]:
+    blocks = "of the memory (servegym.envs.profiles.hardware.kv_blocks)."
+    length = "max_model_len is the model's own"
+    if gpu.tables is None:
+        return [
+            f"Engine limits: max_num_batched_tokens ({profile.engine.max_num_batched_tokens}), max_num_seqs "
+            f"({MAX_NUM_SEQS}) and {gpu.utilization} of the memory are taken as vLLM 0.9's defaults for an API server "
+            f"on this GPU; {length}; num_blocks follows from that share {blocks}"
+        ]
+    return [
+        f"Engine limits: max_num_batched_tokens is vLLM 0.32's default for an API server on this GPU; max_num_seqs is "
+        f"{MAX_NUM_SEQS}, where 0.32 has 1024 for GPUs of 70 GiB and more; {length}; num_blocks follows from "
+        f"{gpu.utilization}, vLLM 0.32's default, {blocks}"
+    ]
+
+
+def header(profile: Profile, report: Report, command: str, gpu: Gpu = H200) -> list[str]:
     """Return the comment at the top of the shipped file: origin, units, what is modelled, quality of the fit."""
     return [
         f"{profile.description}. Made by: {command}",
@@ -225,10 +270,11 @@ def header(profile: Profile, report: Report, command: str) -> list[str]:
         "cost over that: as much for small batches, which load the weights of fewer experts when skewed, and more for "
         "large ones, whose median is the moe_imbalance to set for skewed traffic.",
         "",
-        f"Engine limits: max_num_batched_tokens is vLLM 0.32's default for an API server on this GPU; max_num_seqs is "
-        f"{MAX_NUM_SEQS}, where 0.32 has 1024 for GPUs of 70 GiB and more; max_model_len is the model's own; "
-        f"num_blocks follows from {GPU_MEMORY_UTILIZATION}, vLLM 0.32's default, of the memory "
-        f"(servegym.envs.profiles.hardware.kv_blocks).",
+        "expert_us is the slope of the `balanced` MoE kernel over the experts it activates, while each has one token "
+        "(`per expert`); with a monotone compute term above it repeats the table (`MoE by expert`). The link is fitted "
+        "to the all-reduce, half of which is one all-to-all; on one GPU it is that between two.",
+        "",
+        *_limits(profile, gpu),
     ]
 
 
@@ -240,14 +286,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", type=Path, required=True, help="folder of aic_h200_vllm0.24_*_perf.parquet")
     parser.add_argument("--model", default="qwen3-30b-a3b", help=f"one of: {', '.join(MODELS)}")
     parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel GPUs of an engine, a divisor of --ep")
+    parser.add_argument("--gpu", choices=GPUS, default="h200", help="GPU; all but h200 are scaled from its tables")
     parser.add_argument("--out", type=Path, help="YAML file to write; default: stdout")
     options = parser.parse_args(arguments)
     try:
         if options.ep < 1:
             raise InputError("--ep", "", f"got {options.ep}; allowed: an integer of at least 1")
-        profile, report = build_profile(options.model, options.tables, options.ep)
+        if options.tp < 1 or options.ep % options.tp:
+            raise InputError("--tp", "", f"got {options.tp}; allowed: a divisor of --ep {options.ep}")
+        gpu = GPUS[options.gpu]
+        profile, report = build_profile(options.model, options.tables, options.ep, gpu, options.tp)
         command = f"{parser.prog} --tables FOLDER --model {options.model} --ep {options.ep}"
-        write(render(profile, header(profile, report, command)), options.out)
+        if gpu is not H200:
+            command += f" --gpu {options.gpu}" + (f" --tp {options.tp}" if options.tp > 1 else "")
+        write(render(profile, header(profile, report, command, gpu)), options.out)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

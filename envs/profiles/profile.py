@@ -35,6 +35,7 @@ from pydantic import Field, model_validator
 from servegym.configuration import Config, find_config, load_config
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
@@ -113,24 +114,26 @@ class EngineLimits(Config):
 
 
 class ExpertShape(Config):
-    """The MoE layers of a model and what its experts cost, for the simulator's expert model."""
+    """What the simulator's expert model needs beside :class:`StepTime`: sizes, and what a placement changes.
+
+    A rank's MoE layer costs ``expert_us`` for each expert that its tokens activate, which reads the weights; ``moe_us``
+    of :class:`StepTime` holds that cost for equally likely experts, summed over the layers.
+    """
 
     layers: PositiveInt = Field(description="MoE layers")
-    experts: PositiveInt = Field(description="logical experts per layer")
-    top_k: PositiveInt = Field(description="experts that each token chooses in a layer")
+    experts: PositiveInt = Field(description="logical experts of a layer")
+    top_k: PositiveInt = Field(description="experts of a token in each layer")
     ranks: PositiveInt = Field(default=1, description="expert-parallel ranks that moe_us stands for")
-    expert_us: NonNegative = Field(default=0.0, description="per activated expert of a rank and layer, microseconds")
-    expert_bytes: NonNegative = Field(default=0.0, description="weights of one expert of a layer, bytes")
-    token_bytes: NonNegative = Field(default=0.0, description="what dispatch moves per token and rank, bytes")
-    link_gb_s: NonNegative = Field(default=0.0, description="bandwidth of a rank to the others, GB/s; 0: unlimited")
-    link_latency_us: NonNegative = Field(default=0.0, description="of one dispatch or combine, microseconds")
+    expert_bytes: PositiveInt = Field(description="weights of one expert of one layer")
+    token_bytes: PositiveInt = Field(description="what dispatch or combine moves per token and destination rank")
+    expert_us: NonNegative = Field(description="one more activated expert of one layer on a rank, microseconds")
+    link_gb_s: Positive = Field(description="what a rank sends in an all-to-all, 1e9 bytes per second")
+    link_latency_us: NonNegative = Field(description="latency of one all-to-all; a layer has two, dispatch and combine")
 
     @model_validator(mode="after")
-    def _choices_exist(self) -> Self:
+    def _top_k_of_experts(self) -> Self:
         if self.top_k > self.experts:
-            raise ValueError(f"top_k at most the number of experts ({self.experts}), got {self.top_k}")
-        if self.experts % self.ranks:
-            raise ValueError(f"experts ({self.experts}) a multiple of ranks ({self.ranks})")
+            raise ValueError(f"top_k of at most the experts ({self.experts}), got {self.top_k}")
         return self
 
 
@@ -145,7 +148,7 @@ class Profile(Config):
     engine: EngineLimits = Field(description="Limits of the engine, named as in vLLM.")
     step_time: StepTime = Field(description="Terms of the duration of a step, microseconds.")
     experts: ExpertShape | None = Field(
-        default=None, description="The MoE layers, for the simulator's expert model: without, experts are all alike."
+        default=None, description="For the expert model: sizes, and costs per layer that depend on the placement."
     )
 
     def compile(self, max_tokens: int | None = None) -> StepCost:
@@ -156,9 +159,10 @@ class Profile(Config):
         """
         tokens = np.arange((max_tokens or self.engine.max_num_batched_tokens) + 1)
         time = self.step_time
-        communication = np.zeros(len(tokens)) if time.communication_us is None else time.communication_us.at(tokens)
+        none = np.zeros(len(tokens))
+        communication = none if time.communication_us is None else time.communication_us.at(tokens)
         local = time.dense_us.at(tokens) + communication
-        moe = np.zeros(len(tokens)) if time.moe_us is None else time.moe_imbalance * time.moe_us.at(tokens)
+        moe = none if time.moe_us is None else time.moe_imbalance * time.moe_us.at(tokens)
         return StepCost(
             local_table_s=local * 1e-6,
             moe_table_s=moe * 1e-6,
@@ -177,6 +181,7 @@ class StepCost:
     Attributes:
         local_table_s: cost of dense layers and communication by tokens of the step, shape (max_tokens + 1,).
         moe_table_s: cost of MoE layers by tokens of the step over all expert-parallel ranks, same shape.
+        communication_table_s: the communication within ``local_table_s``, same shape.
         fixed_s, sequence_s, pair_s, context_s: the coefficients of :class:`StepTime`.
     """
 

@@ -108,28 +108,38 @@ class KernelTables:
 
     def _read(self, table: str, columns: tuple[str, ...], shape: Mapping[str, Any]) -> dict[str, FloatArray]:
         path = self.folder / f"{self.prefix}_{table}_perf.parquet"
-        parquet = _parquet()
-        if not path.is_file():
-            raise InputError(str(path), "", "no such file")
-        try:
-            known = parquet.read_schema(path).names
-            for name in (*columns, *shape):
-                if name not in known:
-                    raise InputError(str(path), name, f"missing column; found: {', '.join(known)}")
-            filters = [(name, "=", value) for name, value in shape.items()]
-            rows = parquet.read_table(path, columns=list(columns), filters=filters)
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:  # pyarrow's own errors derive from these two
-            raise InputError(str(path), "", f"cannot be read: {' '.join(str(error).split())}") from None
-        wanted = ", ".join(f"{name}={value}" for name, value in shape.items())
-        if not rows.num_rows:
-            raise InputError(str(path), "", f"no rows with {wanted}")
-        arrays = {name: rows[name].to_numpy().astype(np.float64) for name in columns}
+        arrays = read_parquet(path, columns, shape)
         latency = arrays["latency"]
         if not (np.isfinite(latency) & (latency > 0)).all():
+            wanted = ", ".join(f"{name}={value}" for name, value in shape.items())
             raise InputError(str(path), "latency", f"not finite and positive in rows with {wanted}")
         return arrays
+
+
+def read_parquet(path: Path, columns: tuple[str, ...], shape: Mapping[str, Any]) -> dict[str, FloatArray]:
+    """Return columns of the rows whose other columns have the values of ``shape``.
+
+    Raises:
+        InputError: no such file, no such column, or no such row.
+    """
+    parquet = _parquet()
+    if not path.is_file():
+        raise InputError(str(path), "", "no such file")
+    try:
+        known = parquet.read_schema(path).names
+        for name in (*columns, *shape):
+            if name not in known:
+                raise InputError(str(path), name, f"missing column; found: {', '.join(known)}")
+        filters = [(name, "=", value) for name, value in shape.items()]
+        rows = parquet.read_table(path, columns=list(columns), filters=filters or None)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these two
+        raise InputError(str(path), "", f"cannot be read: {' '.join(str(error).split())}") from None
+    wanted = ", ".join(f"{name}={value}" for name, value in shape.items())
+    if not rows.num_rows:
+        raise InputError(str(path), "", f"no rows with {wanted}" if wanted else "no rows")
+    return {name: rows[name].to_numpy().astype(np.float64) for name in columns}
 
 
 def _parquet() -> Any:

@@ -49,20 +49,20 @@ def uniform_traffic(shape: ExpertShape, ranks: int) -> float:
 
     ``(R - 1) * (1 - C(E - E/R, k) / C(E, k))``.
 
-    >>> round(uniform_traffic(ExpertShape(layers=1, experts=4, top_k=1), 2), 3)
-    0.5
+    Of 4 experts on 2 ranks, 5 of the 6 pairs reach the other rank.
     """
     elsewhere = shape.experts - shape.experts / ranks
     missed = math.prod(max(elsewhere - i, 0.0) / (shape.experts - i) for i in range(shape.top_k))
     return (ranks - 1) * (1.0 - missed)
 
 
-def expert_costs(profile: Profile, ranks: int, max_tokens: int) -> ExpertCosts:
+def expert_costs(profile: Profile, ranks: int, engines: int, max_tokens: int) -> ExpertCosts:
     """Tabulate a profile's MoE layers for a group of ``ranks``.
 
     Args:
         profile: with a section ``experts``.
         ranks: EP ranks.
+        engines: engines of the group, each with as many of its ranks.
         max_tokens: most tokens of a step over all ranks.
     """
     shape = profile.experts
@@ -75,9 +75,10 @@ def expert_costs(profile: Profile, ranks: int, max_tokens: int) -> ExpertCosts:
     compute = np.maximum.accumulate(np.maximum(rest, 0.0)) / shape.layers
     traffic = uniform_traffic(shape, ranks)
     if time.communication_us is not None:
-        exchange = time.communication_us.at(tokens)
+        # The profile's curve is over the tokens of an engine, which its ranks share.
+        exchange = time.communication_us.at(tokens * (ranks // engines))
     else:
-        moved_us = tokens * traffic * shape.token_bytes / (shape.link_gb_s * 1e3) if shape.link_gb_s else 0.0 * tokens
+        moved_us = tokens * traffic * shape.token_bytes / (shape.link_gb_s * 1e3)
         exchange = np.where(tokens > 0, 2.0 * shape.layers * (shape.link_latency_us + moved_us), 0.0)
     return ExpertCosts(
         expert_s=shape.expert_us * 1e-6,

@@ -176,7 +176,7 @@ class ExpertGroup:
         """Return how long each layer takes to move to another placement, shape (layers,); 0 where none moves."""
         received = moved_experts(self.placement, wanted)  # (layers, ranks)
         share = self.config.replacement.link_share if self.config.replacement.mode == "async" else 1.0
-        per_expert = self.shape.expert_bytes / (self.shape.link_gb_s * 1e9 * share) if self.shape.link_gb_s else 0.0
+        per_expert = self.shape.expert_bytes / (self.shape.link_gb_s * 1e9 * share)
         busiest = received.max(axis=1)
         overhead = self.config.replacement.layer_overhead_s
         changed = (wanted.physical_to_logical != self.placement.physical_to_logical).any(axis=1)

@@ -58,7 +58,7 @@ class ExpertModel:
                 index,
                 config,
                 shape,
-                expert_costs(profiles[index], ranks, budget),
+                expert_costs(profiles[index], ranks, engines, budget),
                 self.bank,
                 ranks=ranks,
                 engines=engines,

@@ -20,7 +20,14 @@ from servegym.envs.simulator.kernel.experts import expected_max
 from servegym.envs.simulator.metrics import RunOutcome, engine_metrics
 from servegym.errors import InputError
 
-SHAPE = {"layers": 6, "experts": 16, "top_k": 2, "ranks": 1, "expert_us": 1.0, "expert_bytes": 1e6}
+SHAPE: dict[str, Any] = {
+    "layers": 6,
+    "experts": 16,
+    "top_k": 2,
+    "ranks": 1,
+    "expert_us": 1.0,
+    "expert_bytes": 1_000_000,
+}
 SHAPE |= {"token_bytes": 4096, "link_gb_s": 10, "link_latency_us": 5}
 POWER_LAW = {"source": "power_law", "preset": "power_law_1.2", "tokens": 2048, "tasks": 3}
 
@@ -77,7 +84,7 @@ class Watcher:
 class TestCosts:
     def test_uniform_routing_on_equal_ranks_costs_what_the_profile_says(self) -> None:
         profile = Profile.model_validate(TOY | {"experts": SHAPE})
-        costs = expert_costs(profile, 4, 512)
+        costs = expert_costs(profile, 4, 4, 512)
         assert profile.experts is not None
         assert profile.step_time.moe_us is not None
         for tokens in (8, 64, 512):
@@ -90,7 +97,7 @@ class TestCosts:
 
     def test_uniform_traffic_counts_remote_ranks(self) -> None:
         rng = np.random.default_rng(0)
-        shape = ExpertShape(layers=1, experts=16, top_k=3)
+        shape = ExpertShape(**(SHAPE | {"top_k": 3}))
         chosen = np.argsort(rng.random((40_000, 16)), axis=1)[:, :3] // 4
         counted = np.mean([len({rank for rank in row if rank != 0}) for row in chosen])
         assert uniform_traffic(shape, 4) == pytest.approx(counted, rel=0.01)
@@ -251,4 +258,4 @@ class TestBadInput:
 
     def test_more_choices_than_experts(self) -> None:
         with pytest.raises(ValueError, match="top_k"):
-            ExpertShape(layers=1, experts=4, top_k=5)
+            ExpertShape(**(SHAPE | {"experts": 4, "top_k": 5}))
