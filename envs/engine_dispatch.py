@@ -12,7 +12,7 @@ from gymnasium import spaces
 from pydantic import Field, model_validator
 
 from servegym.baselines.features import ENGINE_FEATURES, REQUEST_FEATURES, fill_dispatch_features
-from servegym.baselines.interface import E_AVAILABLE
+from servegym.baselines.interface import E_AVAILABLE, ExpertPolicy
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
 from servegym.configuration import Config, validate
@@ -43,6 +43,7 @@ class EngineDispatchConfig(Config):
         default=None, description="slots of the observation; default: the largest cluster"
     )
     request_policy: PolicySpec = PolicySpec(name="fcfs")
+    expert_policy: PolicySpec = PolicySpec(name="linear")
     reference: PolicySpec | None = Field(
         default=None, description="engine policy whose integrals on the same requests are subtracted from the reward"
     )
@@ -98,20 +99,25 @@ class EngineDispatchEnv(gym.Env[Observation, np.int64]):
     """
 
     metadata = {"render_modes": ["ansi"]}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
+    _name = "EngineDispatch-v0"
+    _config_class = EngineDispatchConfig
 
     def __init__(
         self, config: EngineDispatchConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None
     ) -> None:
+        name, model = self._name, self._config_class
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise InputError("EngineDispatch-v0", "render_mode", f"got {render_mode!r}; allowed: ansi")
-        if not isinstance(config, EngineDispatchConfig):
-            config = validate(EngineDispatchConfig, config or {}, "EngineDispatch-v0")
+            allowed = ", ".join(self.metadata["render_modes"])
+            raise InputError(name, "render_mode", f"got {render_mode!r}; allowed: {allowed}")
+        if not isinstance(config, model):
+            config = validate(model, config or {}, name)
         self.config = config
         self.render_mode = render_mode
         sizes = config.randomise.engines or (config.cluster.size,)
         self.max_engines = config.max_engines or max(sizes)
         self._source = RequestSource(config.workload, config.cluster)
         self._request_policy = create("request", config.request_policy)
+        self._expert_policy: ExpertPolicy = create("expert", config.expert_policy)
         self._reference = create("engine", config.reference) if config.reference is not None else None
         self._weights = config.reward.weights()
         self._run: SimulatedCluster | None = None
@@ -149,12 +155,20 @@ class EngineDispatchEnv(gym.Env[Observation, np.int64]):
         self._reference_metrics: dict[str, Any] | None = None
         if self._reference is not None:
             paired = SimulatedCluster(
-                cluster, table, self._request_policy, self._reference, seed=run_seed, record_totals=True
+                cluster,
+                table,
+                self._request_policy,
+                self._reference,
+                create("expert", config.expert_policy),
+                seed=run_seed,
+                record_totals=True,
             )
             paired.run()
             self._reference_totals = np.vstack([paired.memory.totals, paired.totals])
             self._reference_metrics = _metrics(paired)
-        self._run = SimulatedCluster(cluster, table, self._request_policy, seed=run_seed)
+        self._run = SimulatedCluster(
+            cluster, table, self._request_policy, expert_policy=self._expert_policy, seed=run_seed
+        )
         self._totals = np.zeros(3)
         self._reference_seen = np.zeros(3)
         self._now_s = 0.0

@@ -19,6 +19,7 @@ from servegym.baselines.interface import (
     QUEUE_COLUMNS,
     EnginePolicy,
     EngineViews,
+    ExpertLoad,
     ExpertPolicy,
     FloatArray,
     QueueView,
@@ -50,6 +51,11 @@ class SimulatedCluster:
 
     Without an engine policy the caller decides: :meth:`next_decision` and :meth:`dispatch` alternate. With one,
     :meth:`run` goes to the end; policies with a compiled form never leave the kernel.
+
+    Attributes:
+        experts: the expert model, None without one.
+        replacers: re-placements of its groups.
+        expert_policies: the expert policy of each group, a copy each.
 
     Args:
         config: the cluster.
@@ -87,7 +93,7 @@ class SimulatedCluster:
         self.experts = self._make_experts(seed)
         self.replacers = [Replacer(group, self.environment) for group in self.experts.groups] if self.experts else []
         # Groups learn apart from each other; a policy with state of its own is copied for each.
-        self._expert_policies = [copy.deepcopy(expert_policy) for _ in self.replacers]
+        self.expert_policies = [copy.deepcopy(expert_policy) for _ in self.replacers]
         order, key, key_params = _order(request_policy)
         form = compiled_form(engine_policy) if engine_policy is not None else None
         announce_compilation()
@@ -111,7 +117,7 @@ class SimulatedCluster:
             source=source,
         )
         self._events_seen = 0
-        for policy in (request_policy, engine_policy, *self._expert_policies):
+        for policy in (request_policy, engine_policy, *self.expert_policies):
             reset = getattr(policy, "reset", None)
             if reset is not None:
                 reset(seed)
@@ -128,7 +134,7 @@ class SimulatedCluster:
 
     def _place_static(self) -> None:
         """Let policies that do not look at the load place the experts as they are loaded, which costs nothing."""
-        for replacer, policy in zip(self.replacers, self._expert_policies, strict=True):
+        for replacer, policy in zip(self.replacers, self.expert_policies, strict=True):
             if getattr(policy, "static", False):
                 assert policy is not None
                 group = replacer.group
@@ -223,7 +229,7 @@ class SimulatedCluster:
     def _advance_to_dispatch(self, action: int) -> bool:
         reason = self._advance(action)
         while reason == PLACEMENT:
-            self.place(self._expert_policies[int(self.memory.cluster["placement_group"][0])])
+            self.place(self.expert_policies[int(self.memory.cluster["placement_group"][0])])
             reason = self._advance(NONE)
         return reason == DISPATCH
 
@@ -246,6 +252,11 @@ class SimulatedCluster:
                 self.environment.step()
             else:
                 self._order_queue(int(cluster["order_engine"][0]))
+
+    def expert_load(self, index: int, policy: ExpertPolicy) -> ExpertLoad:
+        """Return the load of a group's last window, with what a policy needs of it."""
+        now = float(self.memory.cluster["placement_s"][0])
+        return self.replacers[index].load(policy, self._future_load(index, now))
 
     def _future_load(self, index: int, now: float) -> FloatArray:
         """Expected load of the mix of tasks that will arrive in the coming interval; for an oracle."""

@@ -16,6 +16,8 @@ def register_envs() -> None:
 
     for name, entry_point in {
         "servegym/EngineDispatch-v0": "servegym.envs.engine_dispatch:EngineDispatchEnv",
+        "servegym/ExpertPlacement-v0": "servegym.envs.expert_placement:ExpertPlacementEnv",
+        "servegym/MultiLayer-v0": "servegym.envs.multi_layer:MultiLayerEnv",
     }.items():
         if name not in registry:
             register(id=name, entry_point=entry_point)

@@ -9,7 +9,7 @@ import numpy as np
 import simpy
 
 from servegym.baselines.expert.loads import check_placement
-from servegym.baselines.interface import ExpertPolicy, FloatArray, Placement
+from servegym.baselines.interface import ExpertLoad, ExpertPolicy, FloatArray, Placement
 from servegym.envs.simulator.experts.group import ExpertGroup
 from servegym.errors import InputError
 
@@ -43,14 +43,17 @@ class Replacer:
         self.postpone()
         if self.busy:
             return
-        load = self.group.load(
+        wanted = policy.place(self.load(policy, future), self.group.placement)
+        if wanted is not None:
+            self.begin(wanted, now_s)
+
+    def load(self, policy: ExpertPolicy, future: FloatArray | None = None) -> ExpertLoad:
+        """Return the load of the last window, with what a policy needs of it."""
+        return self.group.load(
             sources=getattr(policy, "needs_sources", False),
             coactivation=getattr(policy, "needs_coactivation", False),
             future=future if getattr(policy, "needs_oracle", False) else None,
         )
-        wanted = policy.place(load, self.group.placement)
-        if wanted is not None:
-            self.begin(wanted, now_s)
 
     def begin(self, wanted: Placement, now_s: float) -> None:
         """Begin to move to another placement.

@@ -1,0 +1,136 @@
+"""All three layers as one Gymnasium environment: engine, priority and placement at each arriving request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, SupportsFloat
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+from pydantic import Field
+
+from servegym.baselines.placement_features import PLACEMENT_CONTEXT, PLACEMENT_FEATURES
+from servegym.baselines.policy_spec import PolicySpec
+from servegym.envs.engine_dispatch import EngineDispatchConfig, EngineDispatchEnv, Observation
+from servegym.envs.expert_placement import CLUSTER, MENU
+from servegym.envs.placement_menu import PlacementMenu
+from servegym.envs.simulator.config import ClusterConfig
+from servegym.errors import InputError
+
+
+class MultiLayerConfig(EngineDispatchConfig):
+    """Arguments of :class:`MultiLayerEnv`; ``expert_policy`` is that of the reference."""
+
+    cluster: ClusterConfig = Field(default=CLUSTER, description="with an expert model")
+    request_policy: PolicySpec = Field(default=PolicySpec(name="priority"), description="must heed priorities")
+    expert_policy: PolicySpec = PolicySpec(name="eplb")
+    priorities: Annotated[int, Field(ge=1, le=16)] = Field(default=3, description="priority classes; 0 goes first")
+    menu: tuple[PolicySpec, ...] = Field(default=MENU, min_length=1, description="placement rules, beside keeping")
+
+
+class MultiLayerEnv(EngineDispatchEnv):
+    """Decide all three layers at each arriving request.
+
+    ## Description
+    As :class:`~servegym.envs.engine_dispatch.EngineDispatchEnv`, on a cluster with an expert model. The agent also gives
+    the request its priority class, which orders the engines' waiting queues, and names the placement rule that is to be
+    followed at the next opportunity for a re-placement (every ``replacement.interval_steps`` engine steps).
+
+    ## Action Space
+    `MultiDiscrete([max_engines, priorities, 1 + menu])`: engine; priority class, 0 first; placement rule, 0 keeps.
+    `action_masks()` and `info["action_mask"]` are those of the three parts one after the other; all classes and rules
+    are always allowed, and an engine that is not allowed raises `ValueError`.
+
+    ## Observation Space
+    `Dict`:
+
+    | key | shape | content |
+    |---|---|---|
+    | `engines` | (max_engines, features) float32 | `servegym.baselines.features.ENGINE_FEATURES`; zeros for absent engines |
+    | `request` | (features,) float32 | `servegym.baselines.features.REQUEST_FEATURES` |
+    | `candidates` | (1 + menu, features) float32 | `servegym.baselines.placement_features.PLACEMENT_FEATURES`, as of the last opportunity; zeros before the first |
+    | `placement` | (features,) float32 | `PLACEMENT_CONTEXT`, as of the last opportunity |
+    | `mask` | (max_engines + priorities + 1 + menu,) int8 | 1 where a part of the action is allowed |
+
+    ## Rewards
+    As in `EngineDispatch-v0`: negated integrals since the last decision, less those of the reference where there is one.
+
+    ## Starting State
+    An empty cluster with the linear placement.
+
+    ## Episode End
+    Terminated when all requests have finished; never truncated. `info["metrics"]` as in `EngineDispatch-v0`.
+
+    ## Arguments
+    `config`: a :class:`MultiLayerConfig`, or a mapping with its fields.
+    """  # noqa: E501 - tables cannot be wrapped
+
+    _name = "MultiLayer-v0"
+    _config_class = MultiLayerConfig
+    config: MultiLayerConfig
+
+    def __init__(
+        self, config: MultiLayerConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None
+    ) -> None:
+        super().__init__(config, render_mode=render_mode)
+        if self.config.cluster.experts is None:
+            raise InputError(self._name, "cluster.experts", "missing; allowed: an expert model")
+        size = 1 + len(self.config.menu)
+        self._menu = PlacementMenu(self.config.menu)
+        self._expert_policy = self._menu
+        parts = [self.max_engines, self.config.priorities, size]
+        self.action_space: spaces.MultiDiscrete = spaces.MultiDiscrete(parts)  # type: ignore[assignment]
+        self.observation_space = spaces.Dict(
+            {
+                "engines": self.observation_space["engines"],
+                "request": self.observation_space["request"],
+                "candidates": spaces.Box(-np.inf, np.inf, (size, len(PLACEMENT_FEATURES)), np.float32),
+                "placement": spaces.Box(-np.inf, np.inf, (len(PLACEMENT_CONTEXT),), np.float32),
+                "mask": spaces.Box(0, 1, (sum(parts),), np.int8),
+            }
+        )
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """Return which parts of an action are allowed, shape (max_engines + priorities + 1 + menu,)."""
+        return self._whole_mask().astype(np.bool_)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode; see the class."""
+        self._menu.chosen[0] = 0
+        self._menu.reset(0)
+        observation, info = super().reset(seed=seed, options=options)
+        info["action_mask"] = self._whole_mask()
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Send the pending request to an engine, with a priority, and name the placement rule."""
+        if self._run is None:
+            raise RuntimeError("call reset() before step()")
+        engine, priority, rule = (int(part) for part in action)
+        if not self.action_space.contains(np.array([engine, priority, rule])):
+            raise ValueError(f"got action {[engine, priority, rule]}; allowed: below {self.action_space.nvec.tolist()}")
+        pending = int(self._run.memory.cluster["pending"][0])
+        self._run.memory.requests["priority"][pending] = priority
+        self._menu.chosen[0] = rule
+        observation, reward, over, truncated, info = super().step(engine)
+        info["action_mask"] = self._whole_mask()
+        observation["mask"] = self._whole_mask()
+        return observation, reward, over, truncated, info
+
+    def _whole_mask(self) -> npt.NDArray[np.int8]:
+        rest = np.ones(self.config.priorities + 1 + len(self.config.menu), dtype=np.int8)
+        return np.concatenate([self._mask, rest])
+
+    def _observe(self) -> Observation:
+        observation = super()._observe()
+        # The groups' copies of the menu know what they saw last; of several groups the first stands for all.
+        assert self._run is not None
+        menu = self._run.expert_policies[0]
+        assert isinstance(menu, PlacementMenu)
+        observation["candidates"] = menu.features.astype(np.float32)
+        observation["placement"] = menu.context.astype(np.float32)
+        observation["mask"] = self._whole_mask()
+        return observation
