@@ -187,7 +187,7 @@ class ExpertPlacementEnv(gym.Env[Observation, np.int64]):
         assert run is not None
         gained = run.totals - self._totals
         self._totals = run.totals.copy()
-        self._now_s = run.now_s
+        self._now_s = run.decided_s
         return np.asarray(-self._weights * gained)
 
     def _observe(self) -> Observation:

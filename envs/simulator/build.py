@@ -40,6 +40,8 @@ class Memory:
         requests: REQUEST records, shape (requests,).
         engine_view: view of the pending dispatch decision, shape (engines, ENGINE_COLUMNS), column by column.
         request_row: its request, shape (REQUEST_COLUMNS,).
+        context_row: the engine whose queue was read last, shape (CONTEXT_COLUMNS,).
+        request_params: parameters of the compiled request policy, read at each step.
         totals: reward integrals at the arrival of each request, shape (requests, 3), if recorded.
         events: log of first tokens (2 r) and ends (2 r + 1), shape (2 * requests,), or empty.
     """
@@ -80,6 +82,7 @@ class Memory:
         self.cluster = np.zeros(1, dtype=CLUSTER)
         self.engine_view = np.zeros((size, ENGINE_COLUMNS), order="F")
         self.request_row = np.zeros(REQUEST_COLUMNS)
+        self.context_row = np.zeros(CONTEXT_COLUMNS)
         self.engine_view[:, E_MAX_NUM_SEQS] = self.engines["max_num_seqs"]
         self.engine_view[:, E_KV_TOKENS] = (self.engines["num_blocks"] - 1) * self.engines["block_size"]
         self.engine_view[:, E_MAX_BATCHED_TOKENS] = self.engines["max_num_batched_tokens"]
@@ -100,6 +103,7 @@ class Memory:
         depth = 2 + int(np.ceil(telemetry.lag_s / telemetry.period_s)) if telemetry.period_s > 0 else 1
         roots = np.flatnonzero(table.parent < 0).astype(np.int32)
         parameters = [np.array(values, dtype=np.float64) for values in (engine_params, request_params)]
+        self.request_params = parameters[1]
         fields: dict[str, Any] = {
             "seed": seed,
             "lockstep": lockstep,
@@ -145,9 +149,9 @@ class Memory:
             "totals": self.totals,
             "scores": np.zeros(size),
             "queue_row": np.zeros(QUEUE_COLUMNS),
-            "context_row": np.zeros(CONTEXT_COLUMNS),
+            "context_row": self.context_row,
             "engine_params": parameters[0],
-            "request_params": parameters[1],
+            "request_params": self.request_params,
         }
         fields |= {f"{name}_at": self._own(array) for name, array in arrays.items()}
         fields["groups_at"] = experts.records.ctypes.data if experts is not None else 0
@@ -295,6 +299,7 @@ def _engines(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any]:
         record["prefill_tokens_per_s"] = prefill_tokens_per_s(spec.profile) / spec.slowdown
         record["decode_step_s"] = decode_step_s(spec.profile) * spec.slowdown
         record["next_finish"] = NEVER
+        record["picked"] = record["pick_budget"] = NONE
         record["queue_head"] = record["queue_tail"] = record["front"] = record["heap"] = NONE
         record["accepting"] = record["alive"] = record["reporting"] = 1
     return records

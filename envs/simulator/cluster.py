@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import simpy
 
 from servegym.baselines.heuristic import compiled_form
@@ -33,13 +34,14 @@ from servegym.envs.simulator.config import ClusterConfig, Fault
 from servegym.envs.simulator.experts.model import ExpertModel
 from servegym.envs.simulator.experts.replacement import Replacer
 from servegym.envs.simulator.kernel import faults
-from servegym.envs.simulator.kernel.cluster import DISPATCH, DONE, HORIZON, PLACEMENT, advance_to_decision
+from servegym.envs.simulator.kernel.cluster import DISPATCH, DONE, HORIZON, ORDER, PLACEMENT, advance_to_decision
 from servegym.envs.simulator.kernel.queues import read_queue_of
 from servegym.envs.simulator.kernel.state import (
     NONE,
     ORDER_DYNAMIC,
     ORDER_EXTERNAL,
     ORDER_FCFS,
+    ORDER_PICK,
     ORDER_PRIORITY,
     ORDER_STATIC,
 )
@@ -60,10 +62,11 @@ class SimulatedCluster:
     Args:
         config: the cluster.
         table: the requests.
-        request_policy: order of the waiting queues.
+        request_policy: order of the waiting queues; None if the caller admits.
         engine_policy: choice of engines, or None if the caller dispatches.
         expert_policy: placement of experts, with an expert model; None keeps the linear one.
         seed: seed of the run's own randomness, that of randomised policies.
+        tunable: score waiting requests anew at each step, so that ``memory.request_params`` may change in the run.
         record_totals: keep the reward integrals at each arrival (open-loop tables only).
         source: where the table comes from, for error messages.
 
@@ -75,11 +78,12 @@ class SimulatedCluster:
         self,
         config: ClusterConfig,
         table: RequestTable,
-        request_policy: RequestPolicy,
+        request_policy: RequestPolicy | None,
         engine_policy: EnginePolicy | None = None,
         expert_policy: ExpertPolicy | None = None,
         *,
         seed: int = 0,
+        tunable: bool = False,
         record_totals: bool = False,
         source: str = "workload",
     ) -> None:
@@ -95,6 +99,9 @@ class SimulatedCluster:
         # Groups learn apart from each other; a policy with state of its own is copied for each.
         self.expert_policies = [copy.deepcopy(expert_policy) for _ in self.replacers]
         order, key, key_params = _order(request_policy)
+        if tunable and order == ORDER_STATIC:
+            order = ORDER_DYNAMIC
+        self._paused = False
         form = compiled_form(engine_policy) if engine_policy is not None else None
         announce_compilation()
         self._hooks = _hooks(engine_policy)
@@ -149,6 +156,11 @@ class SimulatedCluster:
         return float(self.memory.cluster["now_s"][0])
 
     @property
+    def decided_s(self) -> float:
+        """Time of the pending decision, up to which ``totals`` holds the reward integrals; at the end, the end."""
+        return float(self.memory.cluster["totals_s"][0])
+
+    @property
     def finished(self) -> int:
         """Requests that have finished."""
         return int(self.memory.cluster["finished"][0])
@@ -188,6 +200,58 @@ class SimulatedCluster:
         if reason == DONE:
             return None
         return int(self.memory.cluster["placement_group"][0])
+
+    def next_admission(self) -> int | None:
+        """Advance to the next engine that may admit one of several waiting requests; None at the end of the run.
+
+        The other policies decide meanwhile. The caller answers by :meth:`admit`.
+        """
+        reason = self._advance(NONE)
+        while reason in (DISPATCH, PLACEMENT):
+            if reason == PLACEMENT:
+                self.place(self.expert_policies[int(self.memory.cluster["placement_group"][0])])
+                reason = self._advance(NONE)
+            else:
+                reason = self._advance(self._choose())
+        return int(self.memory.cluster["order_engine"][0]) if reason == ORDER else None
+
+    def run_until(self, time_s: float) -> bool:
+        """Run on to a time, under the run's own policies; False if the run ended before."""
+
+        def pause() -> Generator[simpy.Event, Any, None]:
+            yield self.environment.timeout(max(time_s - self.environment.now, 0.0))
+            self._paused = True
+
+        self.environment.process(pause())
+        reason = self._advance_to_dispatch(NONE)
+        while reason:
+            reason = self._advance_to_dispatch(self._choose())
+        paused, self._paused = self._paused, False
+        return paused and self.finished < len(self.table)
+
+    def waiting_requests(self, engine: int) -> tuple[QueueView, npt.NDArray[np.int32]]:
+        """Return the waiting queue of an engine in order of arrival, and which requests they are."""
+        record = self.memory.engines[engine]
+        rows = np.empty((int(record["waiting"]), QUEUE_COLUMNS))
+        members = np.empty(len(rows), dtype=np.int32)
+        context = np.empty(CONTEXT_COLUMNS)
+        count = read_queue_of(self.memory.cluster, engine, rows, members, context)
+        now, running, max_num_seqs, free, total, size, rate = context.tolist()
+        queue = QueueView(
+            data=rows[:count],
+            now_s=now,
+            running=int(running),
+            max_num_seqs=int(max_num_seqs),
+            free_blocks=int(free),
+            total_blocks=int(total),
+            block_size=int(size),
+            prefill_tokens_per_s=rate,
+        )
+        return queue, members[:count]
+
+    def admit(self, engine: int, request: int) -> None:
+        """Have an engine consider this waiting request next; it is admitted if it fits."""
+        self.memory.engines["picked"][engine] = request
 
     def place(self, policy: ExpertPolicy | None) -> None:
         """Ask a policy for the pending group's placement and begin what it wants; None keeps the placement.
@@ -234,13 +298,13 @@ class SimulatedCluster:
         return reason == DISPATCH
 
     def _advance(self, action: int) -> int:
-        """Advance to a dispatch decision, a placement or the end: DISPATCH, PLACEMENT or DONE."""
+        """Advance to a decision, a pause or the end: DISPATCH, PLACEMENT, ORDER, HORIZON or DONE."""
         cluster = self.memory.cluster
         while True:
             horizon = self.environment.peek()
             reason = advance_to_decision(cluster, horizon, action, self.totals)
             action = NONE
-            if reason in (DISPATCH, PLACEMENT):
+            if reason in (DISPATCH, PLACEMENT) or (reason == ORDER and self._request_policy is None):
                 return reason
             if reason == HORIZON:
                 self.environment.step()
@@ -252,6 +316,8 @@ class SimulatedCluster:
                 self.environment.step()
             else:
                 self._order_queue(int(cluster["order_engine"][0]))
+            if self._paused:
+                return HORIZON
 
     def expert_load(self, index: int, policy: ExpertPolicy) -> ExpertLoad:
         """Return the load of a group's last window, with what a policy needs of it."""
@@ -296,24 +362,10 @@ class SimulatedCluster:
 
     def _order_queue(self, engine: int) -> None:
         """Score a waiting queue with a policy without compiled form."""
-        record = self.memory.engines[engine]
-        rows = np.empty((int(record["waiting"]), QUEUE_COLUMNS))
-        members = np.empty(len(rows), dtype=np.int32)
-        context = np.empty(CONTEXT_COLUMNS)
-        count = read_queue_of(self.memory.cluster, engine, rows, members, context)
-        now, running, max_num_seqs, free, total, size, rate = context.tolist()
-        queue = QueueView(
-            data=rows[:count],
-            now_s=now,
-            running=int(running),
-            max_num_seqs=int(max_num_seqs),
-            free_blocks=int(free),
-            total_blocks=int(total),
-            block_size=int(size),
-            prefill_tokens_per_s=rate,
-        )
-        self.memory.requests["key"][members[:count]] = self._request_policy.score(queue)
-        record["ordered"] = 1
+        queue, members = self.waiting_requests(engine)
+        assert self._request_policy is not None
+        self.memory.requests["key"][members] = self._request_policy.score(queue)
+        self.memory.engines["ordered"][engine] = 1
 
     # ------------------------------------------------------------------------------------------------ change
     def kill(self, engine: int) -> None:
@@ -370,8 +422,10 @@ class SimulatedCluster:
             progress(self.finished / len(self.table))
 
 
-def _order(policy: RequestPolicy) -> tuple[int, Callable[..., float] | None, FloatArray]:
+def _order(policy: RequestPolicy | None) -> tuple[int, Callable[..., float] | None, FloatArray]:
     """Which kind of queue the kernel needs for a request policy, its compiled key and the key's parameters."""
+    if policy is None:
+        return ORDER_PICK, None, np.zeros(0)
     native = getattr(policy, "native", None)
     if native is not None:
         return (ORDER_PRIORITY if native == "priority" else ORDER_FCFS), None, np.zeros(0)

@@ -17,6 +17,8 @@ def register_envs() -> None:
     for name, entry_point in {
         "servegym/EngineDispatch-v0": "servegym.envs.engine_dispatch:EngineDispatchEnv",
         "servegym/ExpertPlacement-v0": "servegym.envs.expert_placement:ExpertPlacementEnv",
+        "servegym/RequestOrdering-v0": "servegym.envs.request_ordering:RequestOrderingEnv",
+        "servegym/RequestTuning-v0": "servegym.envs.request_tuning:RequestTuningEnv",
         "servegym/MultiLayer-v0": "servegym.envs.multi_layer:MultiLayerEnv",
     }.items():
         if name not in registry:

@@ -255,11 +255,19 @@ def advance(cluster: Any, horizon: float, action: int) -> int:
 
 @jit
 def advance_to_decision(cluster: Any, horizon: float, action: int, totals: Any) -> int:
-    """As :func:`advance`, and write the reward integrals at the time reached into ``totals``, shape (3,)."""
+    """As :func:`advance`, and write the reward integrals into ``totals``, shape (3,), as of the decision or the end.
+
+    Of an engine that has not come that far its counts now are taken to last until then; the next call mends that.
+    """
     reason = advance(cluster, horizon, action)
     s = cluster[0]
     if reason == DONE:
         for e in range(s.engine_count):
             s.now_s = max(s.now_s, engine_at(s.engines_at, e).integral_s)
-    sum_integrals(s, s.now_s, totals)
+    s.totals_s = s.now_s
+    if reason == ORDER:
+        s.totals_s = max(s.now_s, s.step_s if s.lockstep else floats(s.event_s_at)[s.order_engine])
+    elif reason == PLACEMENT:
+        s.totals_s = max(s.now_s, s.placement_s)
+    sum_integrals(s, s.totals_s, totals)
     return reason

@@ -80,6 +80,7 @@ def kill(cluster: Any, e: int, now: float) -> None:
     engine.queue_head = engine.queue_tail = engine.front = engine.heap = NONE
     engine.running = engine.decoding = engine.context = engine.waiting = 0
     engine.blocked = engine.ordered = 0
+    engine.picked = engine.pick_budget = NONE
     engine.next_finish = NEVER
     for i in range(engine.block_size):
         ints(engine.phases_at)[i] = 0

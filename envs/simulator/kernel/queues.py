@@ -45,6 +45,7 @@ from servegym.envs.simulator.kernel.state import (
     NONE,
     ORDER_DYNAMIC,
     ORDER_FCFS,
+    ORDER_PICK,
     ORDER_PRIORITY,
     ORDER_STATIC,
     WAITING,
@@ -213,12 +214,21 @@ def order_queue(s: State, engine: Engine, now: float) -> None:
 
 
 @jit
+def needs_pick(engine: Engine) -> bool:
+    """Whether an agent must choose among several waiting requests; preempted ones go first, as in vLLM."""
+    undecided = engine.order == ORDER_PICK and engine.picked == NONE and engine.front == NONE
+    return undecided and engine.queue_head != engine.queue_tail
+
+
+@jit
 def peek_waiting(s: State, engine: Engine) -> int:
     """The request to admit next; the queue is not empty."""
     if engine.front != NONE:
         return engine.front
     if engine.order == ORDER_FCFS:
         return engine.queue_head
+    if engine.order == ORDER_PICK:
+        return engine.queue_head if engine.picked == NONE else engine.picked
     if engine.order == ORDER_PRIORITY or engine.order == ORDER_STATIC:
         return engine.heap
     best = engine.queue_head
@@ -250,6 +260,7 @@ def pop_waiting(s: State, engine: Engine, r: int) -> None:
         if engine.queue_tail == r:
             engine.queue_tail = before
     request_at(s.requests_at, r).link = NONE
+    engine.picked = NONE
 
 
 @jit
@@ -268,7 +279,7 @@ def read_queue_of(cluster: Any, e: int, rows: Any, members: Any, context: Any) -
     """
     s = cluster[0]
     engine = engine_at(s.engines_at, e)
-    now = floats(s.event_s_at)[e]
+    now = s.step_s if s.lockstep else floats(s.event_s_at)[e]
     fill_context_row(s, engine, now)
     context[:] = context_row(s)
     count = 0

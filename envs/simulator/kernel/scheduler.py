@@ -21,7 +21,7 @@ from servegym.envs.simulator.kernel.progress import (
     stop_decoding,
     total_tokens,
 )
-from servegym.envs.simulator.kernel.queues import peek_waiting, pop_waiting
+from servegym.envs.simulator.kernel.queues import needs_pick, peek_waiting, pop_waiting
 from servegym.envs.simulator.kernel.state import DECODE, NONE, PREFILL, Engine, State
 
 
@@ -104,9 +104,15 @@ def schedule_running(s: State, engine: Engine, budget: int, threshold: int) -> i
 
 @jit
 def schedule_waiting(s: State, engine: Engine, budget: int, threshold: int) -> int:
-    """Second half of ``Scheduler.schedule``: admit waiting requests while budget, slots and blocks last."""
+    """Second half of ``Scheduler.schedule``: admit waiting requests while budget, slots and blocks last.
+
+    Returns:
+        the token budget that is left, or, while an agent must choose who is next, -1 minus it.
+    """
     size = engine.block_size
     while budget > 0 and engine.waiting > 0 and engine.running < engine.max_num_seqs:
+        if needs_pick(engine):
+            return -1 - budget
         r = peek_waiting(s, engine)
         request = request_at(s.requests_at, r)
         total = request.prompt + request.generated
@@ -117,6 +123,7 @@ def schedule_waiting(s: State, engine: Engine, budget: int, threshold: int) -> i
             needed += evictable(engine, hits)
         if needed > engine.free_blocks:
             engine.blocked = 1
+            engine.picked = NONE
             break
         computed = hits * size
         tokens = total - computed

@@ -17,7 +17,7 @@ Engine: TypeAlias = Any  # an ENGINE record
 PENDING, WAITING, PREFILL, DECODE, FINISHED = range(5)
 
 # Order of a waiting queue.
-ORDER_FCFS, ORDER_PRIORITY, ORDER_STATIC, ORDER_DYNAMIC, ORDER_EXTERNAL = range(5)
+ORDER_FCFS, ORDER_PRIORITY, ORDER_STATIC, ORDER_DYNAMIC, ORDER_EXTERNAL, ORDER_PICK = range(6)
 
 # What an engine is doing: nothing, about to schedule, a common step, a step scheduled request by request.
 IDLE, READY, STEP_STEADY, STEP_MIXED = range(4)
@@ -125,6 +125,9 @@ ENGINE = np.dtype(
         ("context", "i8"),  # tokens of all decoding requests
         ("blocked", "i8"),  # the head of the queue did not fit and nothing has changed since
         ("ordered", "i8"),  # external keys are valid for the next scheduling
+        ("picked", "i8"),  # the waiting request that an agent has chosen to be next
+        ("pick_budget", "i8"),  # token budget left while it chooses, NONE when it does not
+        ("pick_steady", "i8"),
         ("queue_head", "i8"),
         ("queue_tail", "i8"),
         ("front", "i8"),  # preempted requests, served before the queue of a policy
@@ -206,6 +209,7 @@ CLUSTER = np.dtype(
         ("stranded", "i8"),  # head of the list of requests that found no engine
         ("oracle", "i8"),  # the request policy is granted true output lengths
         ("recording", "i8"),
+        ("totals_s", "f8"),  # time up to which the reward integrals were last added up
         ("totals_at", "i8"),  # f8 (R, 3) reward integrals at the arrival of each request, while recording
         ("event_count", "i8"),
         ("logging", "i8"),

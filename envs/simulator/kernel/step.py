@@ -44,22 +44,30 @@ def begin_step(s: State, engine: Engine, now: float) -> float:
 
     Returns:
         The duration in seconds, in lockstep that of the engine's own layers alone; NOTHING_TO_DO if the engine is idle;
-        NEEDS_ORDER, with nothing changed, if an external request policy must score the waiting queue first.
+        NEEDS_ORDER if an external request policy must score the waiting queue first, or an agent choose who is next.
     """
-    engine.preempted_count = 0
-    if engine.running + engine.waiting == 0:
-        return NOTHING_TO_DO
-    may_admit = _may_admit(engine)
-    if engine.order == ORDER_EXTERNAL and may_admit and not engine.ordered:
-        return NEEDS_ORDER
     threshold = engine.long_prefill_threshold if engine.running + engine.waiting > 1 else 0
-    budget = schedule_steady(s, engine, threshold)
-    steady = budget >= 0
-    if not steady:
-        budget = schedule_running(s, engine, engine.max_num_batched_tokens, threshold)
-    if engine.preempted_count == 0 and may_admit:
+    if engine.pick_budget == NONE:
+        engine.preempted_count = 0
+        if engine.running + engine.waiting == 0:
+            return NOTHING_TO_DO
+        may_admit = _may_admit(engine)
+        if engine.order == ORDER_EXTERNAL and may_admit and not engine.ordered:
+            return NEEDS_ORDER
+        budget = schedule_steady(s, engine, threshold)
+        steady = budget >= 0
+        if not steady:
+            budget = schedule_running(s, engine, engine.max_num_batched_tokens, threshold)
+        may_admit = may_admit and engine.preempted_count == 0
+    else:  # in the middle of the admissions of a step
+        budget, steady, may_admit = engine.pick_budget, engine.pick_steady == 1, True
+        engine.pick_budget = NONE
+    if may_admit:
         order_queue(s, engine, now)
-        schedule_waiting(s, engine, budget, threshold)
+        budget = schedule_waiting(s, engine, budget, threshold)
+        if budget < 0:
+            engine.pick_budget, engine.pick_steady = -1 - budget, steady
+            return NEEDS_ORDER
     engine.ordered = 0
     if steady:
         steady_cost(s, engine)

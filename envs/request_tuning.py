@@ -1,0 +1,232 @@
+"""The request level as a Gymnasium environment of parameters: how a rule that orders the queues is set, now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+from pydantic import Field
+
+from servegym.baselines.heuristic import compiled_form
+from servegym.baselines.interface import Q_COMPUTED_TOKENS, Q_PROMPT_TOKENS, Q_WAIT_S
+from servegym.baselines.policy_spec import PolicySpec
+from servegym.baselines.registry import create
+from servegym.configuration import Config, validate
+from servegym.envs.randomisation import ClusterRandomisation, Sampled, draw
+from servegym.envs.request_ordering import CLUSTER, _metrics
+from servegym.envs.requests import RequestSource, WorkloadChoice
+from servegym.envs.rewards import PARTS, RewardConfig
+from servegym.envs.simulator.cluster import SimulatedCluster
+from servegym.envs.simulator.config import ClusterConfig
+from servegym.errors import InputError
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Observation = dict[str, npt.NDArray[Any]]
+
+QUEUE_SUMMARY = (
+    "log_waiting",  # ln(1 + waiting requests)
+    "log_prefill",  # ln(1 + their tokens to compute / 1,000)
+    "log_shortest",  # ln(1 + tokens / 1,000) of the shortest
+    "log_median",  # of the median
+    "log_longest",  # of the 90 % quantile
+    "log_oldest",  # ln(1 + longest wait / 0.1 s)
+    "batch_share",  # running requests / max_num_seqs
+    "kv_usage",  # share of KV blocks in use
+    "ttft",  # ln(1 + moving average of TTFT / 0.1 s)
+)
+_SPREAD = 30.0
+
+
+class RequestTuningConfig(Config):
+    """Arguments of :class:`RequestTuningEnv`."""
+
+    cluster: ClusterConfig = CLUSTER
+    workload: WorkloadChoice = WorkloadChoice(name="azure-conv", load=0.95)
+    randomise: ClusterRandomisation = ClusterRandomisation()
+    load: Sampled | None = Field(default=None, description="load per episode, overrides the workload's")
+    episode_requests: Count = Field(default=1000, description="requests of an episode")
+    interval_s: Positive = Field(default=0.1, description="time between two decisions")
+    policy: PolicySpec = Field(
+        default=PolicySpec(name="spf_aging"), description="request policy with numeric parameters and a compiled form"
+    )
+    ranges: dict[str, tuple[Positive, Positive]] = Field(
+        default_factory=dict, description=f"bounds of a parameter; default: a factor of {_SPREAD:g} around its value"
+    )
+    max_engines: Count | None = Field(default=None, description="rows of the observation; default: the largest cluster")
+    engine_policy: PolicySpec = PolicySpec(name="round_robin")
+    expert_policy: PolicySpec = PolicySpec(name="linear")
+    reward: RewardConfig = RewardConfig()
+
+
+class RequestTuningEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
+    """Set the parameters of the rule that orders the waiting queues, every ``interval_s`` seconds.
+
+    ## Description
+    A cluster serves requests; its queues follow a parametrised rule, such as ``spf_aging`` with its ``gamma``. A safer
+    and slower handle than choosing requests one by one: every parameter within its bounds gives a sound order.
+
+    ## Action Space
+    `Box(-1, 1, (parameters,))`: each parameter of ``policy`` in order of declaration, on a logarithmic scale between
+    the bounds of ``ranges``. 0 is their geometric mean, by default the rule's own value. In force for all engines from
+    their next step.
+
+    ## Observation Space
+    `Dict`, float32 unless said otherwise:
+
+    | key | shape | content |
+    |---|---|---|
+    | `engines` | (max_engines, features) | `servegym.envs.request_tuning.QUEUE_SUMMARY` of each engine; zeros for absent ones |
+    | `context` | (1 + parameters,) | ln(1 + arrivals of the last interval), and the action in force |
+    | `mask` | (max_engines,) int8 | 1 for engines that are there |
+
+    ## Rewards
+    The negated integrals of :mod:`servegym.envs.rewards` over the interval, weighted: the undiscounted return is minus
+    the weighted sum of TTFT, E2E and TPOT of the episode's requests, in seconds. `info["elapsed_s"]` is the interval.
+
+    ## Starting State
+    An empty cluster at the first arrival's begin. `reset(seed=...)` draws the requests, and the cluster where it is
+    randomised. `options={"load": 0.9}` fixes the load.
+
+    ## Episode End
+    Terminated when all requests have finished; never truncated. The last `info` holds `metrics`.
+
+    ## Arguments
+    `config`: a :class:`RequestTuningConfig`, or a mapping with its fields.
+    """  # noqa: E501 - tables cannot be wrapped
+
+    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
+
+    def __init__(
+        self, config: RequestTuningConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None
+    ) -> None:
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            allowed = ", ".join(self.metadata["render_modes"])
+            raise InputError("RequestTuning-v0", "render_mode", f"got {render_mode!r}; allowed: {allowed}")
+        if not isinstance(config, RequestTuningConfig):
+            config = validate(RequestTuningConfig, config or {}, "RequestTuning-v0")
+        self.config = config
+        self.render_mode = render_mode
+        self._source = RequestSource(config.workload, config.cluster)
+        self._policy = create("request", config.policy)
+        self._others = create("engine", config.engine_policy), create("expert", config.expert_policy)
+        self.parameters, self._bounds = _tunable(config, self._policy)
+        sizes = config.randomise.engines or (config.cluster.size,)
+        self.max_engines = config.max_engines or max(sizes)
+        self._weights = config.reward.weights()
+        self._run: SimulatedCluster | None = None
+        count = len(self.parameters)
+        self.action_space = spaces.Box(-1.0, 1.0, (count,), np.float32)
+        self.observation_space: spaces.Dict = spaces.Dict(  # type: ignore[assignment]
+            {
+                "engines": spaces.Box(-np.inf, np.inf, (self.max_engines, len(QUEUE_SUMMARY)), np.float32),
+                "context": spaces.Box(-np.inf, np.inf, (1 + count,), np.float32),
+                "mask": spaces.Box(0, 1, (self.max_engines,), np.int8),
+            }
+        )
+
+    def values(self, action: npt.NDArray[np.float32]) -> dict[str, float]:
+        """Return the parameters that an action stands for."""
+        share = 0.5 + 0.5 * np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
+        low, high = np.log(self._bounds).T
+        return dict(zip(self.parameters, np.exp(low + share * (high - low)).tolist(), strict=True))
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode; see the class."""
+        super().reset(seed=seed)
+        config, rng = self.config, self.np_random
+        run_seed = int(rng.integers(2**31))
+        cluster = config.randomise.draw(config.cluster, rng)
+        load = (options or {}).get("load")
+        if load is None and config.load is not None:
+            load = draw(config.load, rng)
+        table = self._source.table(run_seed, load=load, requests=config.episode_requests, cluster=cluster)
+        self._run = SimulatedCluster(cluster, table, self._policy, *self._others, seed=run_seed, tunable=True)
+        self._totals, self._now_s, self._arrived = np.zeros(3), 0.0, 0
+        self._action = np.zeros(len(self.parameters), dtype=np.float32)
+        return self._observe(), {"seed": run_seed, "engines": cluster.size}
+
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Set the parameters and run on for an interval."""
+        run = self._run
+        if run is None:
+            raise RuntimeError("call reset() before step()")
+        self._action = np.clip(np.asarray(action, dtype=np.float32), -1.0, 1.0)
+        values = self.values(self._action)
+        run.memory.request_params[:] = list(values.values())
+        before = self._now_s
+        alive = run.run_until(self._now_s + self.config.interval_s)
+        self._now_s = run.decided_s
+        gained, self._totals = run.totals - self._totals, run.totals.copy()
+        parts = -self._weights * gained
+        info: dict[str, Any] = {"elapsed_s": self._now_s - before, "parameters": values}
+        info["reward_parts"] = dict(zip(PARTS, parts.tolist(), strict=True))
+        if not alive:
+            info["metrics"] = _metrics(run)
+        return self._observe(), float(parts.sum()), not alive, False, info
+
+    def _observe(self) -> Observation:
+        run = self._run
+        assert run is not None
+        engines = np.zeros((self.max_engines, len(QUEUE_SUMMARY)), dtype=np.float32)
+        mask = np.zeros(self.max_engines, dtype=np.int8)
+        for index, record in enumerate(run.memory.engines):
+            mask[index] = record["alive"]
+            engines[index] = _summary(run, index, record)
+        arrived = int(run.memory.cluster["arrived"][0])
+        context = np.concatenate([[np.log1p(arrived - self._arrived)], self._action]).astype(np.float32)
+        self._arrived = arrived
+        return {"engines": engines, "context": context, "mask": mask}
+
+    def render(self) -> str | None:
+        """Return the parameters in force and the queues, as text."""
+        if self.render_mode != "ansi" or self._run is None:
+            return None
+        values = ", ".join(f"{name} {value:.4g}" for name, value in self.values(self._action).items())
+        lines = [f"t = {self._now_s:.3f} s, {values}"]
+        for index, record in enumerate(self._run.memory.engines):
+            lines.append(f"engine {index}: running {record['running']:4d}  waiting {record['waiting']:4d}")
+        return "\n".join(lines)
+
+
+def _tunable(config: RequestTuningConfig, policy: Any) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
+    """Names and bounds, shape (parameters, 2), of the numeric parameters of a compiled request policy."""
+    form, source = compiled_form(policy), "RequestTuning-v0"
+    values = policy.params.model_dump() if form is not None else {}
+    if form is None or getattr(policy, "native", None) is not None or not values:
+        raise InputError(source, "policy", f"got {config.policy}; allowed: a compiled rule with parameters")
+    for name in config.ranges:
+        if name not in values:
+            raise InputError(source, f"ranges.{name}", f"no such parameter; allowed: {', '.join(values)}")
+    bounds = []
+    for name, value in values.items():
+        if name not in config.ranges and not (isinstance(value, int | float) and value > 0):
+            raise InputError(source, f"ranges.{name}", f"missing; its value {value} is no scale of its own")
+        low, high = config.ranges.get(name, (value / _SPREAD, value * _SPREAD))
+        if low >= high:
+            raise InputError(source, f"ranges.{name}", f"got {low} to {high}; allowed: the lower bound first")
+        bounds.append((low, high))
+    return tuple(values), np.array(bounds)
+
+
+def _summary(run: SimulatedCluster, index: int, record: Any) -> npt.NDArray[np.float64]:
+    queue = run.waiting_requests(index)[0].data
+    tokens = queue[:, Q_PROMPT_TOKENS] - queue[:, Q_COMPUTED_TOKENS] if len(queue) else np.zeros(1)
+    oldest = float(queue[:, Q_WAIT_S].max()) if len(queue) else 0.0
+    return np.array(
+        [
+            np.log1p(float(record["waiting"])),
+            np.log1p(tokens.sum() * 1e-3),
+            *np.log1p(np.quantile(tokens, (0.0, 0.5, 0.9)) * 1e-3),
+            np.log1p(max(oldest, 0.0) * 10.0),
+            record["running"] / record["max_num_seqs"],
+            1.0 - record["free_blocks"] / (record["num_blocks"] - 1),
+            np.log1p(record["ttft_ewma_s"] * 10.0),
+        ]
+    )
