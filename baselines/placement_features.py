@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from servegym.baselines.expert.loads import balancedness, crossing_share, held, moved_experts, rank_loads, remote_share
+from servegym.baselines.expert.loads import balancedness, crossing_share, moved_experts, rank_loads, remote_share
 from servegym.baselines.interface import ExpertLoad, FloatArray, Placement
 
 PLACEMENT_FEATURES = (
@@ -76,10 +76,3 @@ def _shares(tokens: FloatArray) -> FloatArray:
 
 def _imbalance(tokens: FloatArray, placement: Placement) -> FloatArray:
     return np.asarray(1.0 / balancedness(rank_loads(tokens, placement)) - 1.0)
-
-
-def rank_heat(load: ExpertLoad, current: Placement) -> FloatArray:
-    """Return each rank's load over the mean by layer, shape (layers, ranks): 1 is balanced."""
-    shares = held(current, load.tokens.shape[1])
-    loads = np.einsum("le,ler->lr", load.tokens, shares)
-    return np.asarray(loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-300))

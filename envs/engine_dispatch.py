@@ -17,12 +17,12 @@ from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
 from servegym.configuration import Config, validate
 from servegym.envs.randomisation import ClusterRandomisation, Sampled, draw
+from servegym.envs.rendering import RENDER_MODES, check_mode, render
 from servegym.envs.requests import RequestSource, WorkloadChoice
 from servegym.envs.rewards import PARTS, RewardConfig
 from servegym.envs.simulator.cluster import SimulatedCluster
 from servegym.envs.simulator.config import ClusterConfig
 from servegym.envs.simulator.metrics import RunOutcome
-from servegym.errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
 Observation = dict[str, npt.NDArray[Any]]
@@ -98,7 +98,7 @@ class EngineDispatchEnv(gym.Env[Observation, np.int64]):
     `config`: an :class:`EngineDispatchConfig`, or a mapping with its fields.
     """
 
-    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
+    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
     _name = "EngineDispatch-v0"
     _config_class = EngineDispatchConfig
 
@@ -106,9 +106,7 @@ class EngineDispatchEnv(gym.Env[Observation, np.int64]):
         self, config: EngineDispatchConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None
     ) -> None:
         name, model = self._name, self._config_class
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            allowed = ", ".join(self.metadata["render_modes"])
-            raise InputError(name, "render_mode", f"got {render_mode!r}; allowed: {allowed}")
+        check_mode(name, render_mode)
         if not isinstance(config, model):
             config = validate(model, config or {}, name)
         self.config = config
@@ -228,18 +226,9 @@ class EngineDispatchEnv(gym.Env[Observation, np.int64]):
         self._last: Observation = {"engines": engines, "request": request, "mask": self._mask}
         return self._last
 
-    def render(self) -> str | None:
-        """Return a line of text per engine: running, waiting and KV use now."""
-        if self.render_mode != "ansi" or self._run is None:
-            return None
-        lines = [f"t = {self._run.now_s:.3f} s"]
-        for e, record in enumerate(self._run.memory.engines):
-            usage = 1.0 - record["free_blocks"] / (record["num_blocks"] - 1)
-            bar = "#" * round(20 * usage)
-            state = "" if record["accepting"] else "  (down)"
-            queues = f"running {record['running']:4d}  waiting {record['waiting']:4d}"
-            lines.append(f"engine {e}: {queues}  KV [{bar:<20}] {usage:4.0%}{state}")
-        return "\n".join(lines)
+    def render(self) -> str | npt.NDArray[np.uint8] | None:
+        """Return queues, KV use and expert heat per engine: text, or a picture of shape (540, 960, 3)."""
+        return render(self._run, self.render_mode)
 
 
 def _metrics(run: SimulatedCluster) -> dict[str, Any]:

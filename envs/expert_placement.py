@@ -18,6 +18,7 @@ from servegym.baselines.registry import create
 from servegym.configuration import Config, validate
 from servegym.envs.placement_menu import PlacementMenu
 from servegym.envs.randomisation import ClusterRandomisation, Sampled, draw
+from servegym.envs.rendering import RENDER_MODES, check_mode, render
 from servegym.envs.requests import RequestSource, WorkloadChoice
 from servegym.envs.rewards import PARTS, RewardConfig
 from servegym.envs.simulator.cluster import SimulatedCluster
@@ -105,14 +106,12 @@ class ExpertPlacementEnv(gym.Env[Observation, np.int64]):
     `config`: an :class:`ExpertPlacementConfig`, or a mapping with its fields.
     """  # noqa: E501 - tables cannot be wrapped
 
-    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
+    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
 
     def __init__(
         self, config: ExpertPlacementConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None
     ) -> None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            allowed = ", ".join(self.metadata["render_modes"])
-            raise InputError("ExpertPlacement-v0", "render_mode", f"got {render_mode!r}; allowed: {allowed}")
+        check_mode("ExpertPlacement-v0", render_mode)
         if not isinstance(config, ExpertPlacementConfig):
             config = validate(ExpertPlacementConfig, config or {}, "ExpertPlacement-v0")
         if config.cluster.experts is None:
@@ -212,16 +211,9 @@ class ExpertPlacementEnv(gym.Env[Observation, np.int64]):
             "mask": self._mask.copy(),
         }
 
-    def render(self) -> str | None:
-        """Return the balance of the ranks now, as text."""
-        if self.render_mode != "ansi" or self._run is None or self._run.experts is None:
-            return None
-        lines = [f"t = {self._run.now_s:.3f} s"]
-        for index, group in enumerate(self._run.experts.groups):
-            found = group.statistics()
-            moves = self._run.replacers[index].count
-            lines.append(f"group {index}: balancedness {found['balancedness']:.3f}, {moves} re-placements")
-        return "\n".join(lines)
+    def render(self) -> str | npt.NDArray[np.uint8] | None:
+        """Return queues, KV use and expert heat per engine: text, or a picture of shape (540, 960, 3)."""
+        return render(self._run, self.render_mode)
 
 
 def _metrics(run: SimulatedCluster) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from servegym.baselines.queue_features import QUEUE_CONTEXT_FEATURES, QUEUE_FEAT
 from servegym.baselines.registry import create
 from servegym.configuration import Config, validate
 from servegym.envs.randomisation import ClusterRandomisation, Sampled, draw
+from servegym.envs.rendering import RENDER_MODES, check_mode, render
 from servegym.envs.requests import RequestSource, WorkloadChoice
 from servegym.envs.rewards import PARTS, RewardConfig
 from servegym.envs.simulator.cluster import SimulatedCluster
 from servegym.envs.simulator.config import ClusterConfig
 from servegym.envs.simulator.metrics import RunOutcome
-from servegym.errors import InputError
 
 Count = Annotated[int, Field(ge=1)]
 Observation = dict[str, npt.NDArray[Any]]
@@ -87,14 +87,12 @@ class RequestOrderingEnv(gym.Env[Observation, np.int64]):
     `config`: a :class:`RequestOrderingConfig`, or a mapping with its fields.
     """  # noqa: E501 - tables cannot be wrapped
 
-    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
+    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
 
     def __init__(
         self, config: RequestOrderingConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None
     ) -> None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            allowed = ", ".join(self.metadata["render_modes"])
-            raise InputError("RequestOrdering-v0", "render_mode", f"got {render_mode!r}; allowed: {allowed}")
+        check_mode("RequestOrdering-v0", render_mode)
         if not isinstance(config, RequestOrderingConfig):
             config = validate(RequestOrderingConfig, config or {}, "RequestOrdering-v0")
         self.config = config
@@ -193,17 +191,9 @@ class RequestOrderingEnv(gym.Env[Observation, np.int64]):
             self._mask[: len(shown)] = 1
         return {"requests": requests, "context": context, "mask": self._mask}
 
-    def render(self) -> str | None:
-        """Return the pending choice as text."""
-        if self.render_mode != "ansi" or self._run is None or self._engine is None:
-            return None
-        queue = self.waiting()
-        lines = [f"t = {queue.now_s:.3f} s, engine {self._engine}: {queue.running} running, {len(queue)} waiting"]
-        lines += [
-            f"{place:3d}: {queue.prompt_tokens[place]:6.0f} tokens, waits {queue.wait_s[place]:7.3f} s"
-            for place in range(min(len(queue), self.config.window))
-        ]
-        return "\n".join(lines)
+    def render(self) -> str | npt.NDArray[np.uint8] | None:
+        """Return queues, KV use and expert heat per engine: text, or a picture of shape (540, 960, 3)."""
+        return render(self._run, self.render_mode)
 
 
 def _metrics(run: SimulatedCluster) -> dict[str, Any]:

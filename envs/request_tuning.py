@@ -17,6 +17,7 @@ from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
 from servegym.configuration import Config, validate
 from servegym.envs.randomisation import ClusterRandomisation, Sampled, draw
+from servegym.envs.rendering import RENDER_MODES, check_mode, render
 from servegym.envs.request_ordering import CLUSTER, _metrics
 from servegym.envs.requests import RequestSource, WorkloadChoice
 from servegym.envs.rewards import PARTS, RewardConfig
@@ -99,14 +100,12 @@ class RequestTuningEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
     `config`: a :class:`RequestTuningConfig`, or a mapping with its fields.
     """  # noqa: E501 - tables cannot be wrapped
 
-    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
+    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
 
     def __init__(
         self, config: RequestTuningConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None
     ) -> None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            allowed = ", ".join(self.metadata["render_modes"])
-            raise InputError("RequestTuning-v0", "render_mode", f"got {render_mode!r}; allowed: {allowed}")
+        check_mode("RequestTuning-v0", render_mode)
         if not isinstance(config, RequestTuningConfig):
             config = validate(RequestTuningConfig, config or {}, "RequestTuning-v0")
         self.config = config
@@ -184,15 +183,9 @@ class RequestTuningEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         self._arrived = arrived
         return {"engines": engines, "context": context, "mask": mask}
 
-    def render(self) -> str | None:
-        """Return the parameters in force and the queues, as text."""
-        if self.render_mode != "ansi" or self._run is None:
-            return None
-        values = ", ".join(f"{name} {value:.4g}" for name, value in self.values(self._action).items())
-        lines = [f"t = {self._now_s:.3f} s, {values}"]
-        for index, record in enumerate(self._run.memory.engines):
-            lines.append(f"engine {index}: running {record['running']:4d}  waiting {record['waiting']:4d}")
-        return "\n".join(lines)
+    def render(self) -> str | npt.NDArray[np.uint8] | None:
+        """Return queues, KV use and expert heat per engine: text, or a picture of shape (540, 960, 3)."""
+        return render(self._run, self.render_mode)
 
 
 def _tunable(config: RequestTuningConfig, policy: Any) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:

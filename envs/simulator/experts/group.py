@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from servegym.baselines.expert.loads import moved_experts
+from servegym.baselines.expert.loads import moved_experts, rank_loads
 from servegym.baselines.expert.static import linear_placement
 from servegym.baselines.interface import ExpertLoad, FloatArray, IntArray, Placement
 from servegym.envs.profiles.profile import ExpertShape
@@ -230,6 +230,12 @@ class ExpertGroup:
         return np.concatenate(
             [self._rng.choice(np.flatnonzero(known == task), size=count) for task, count in enumerate(counts)]
         )
+
+    def rank_heat(self) -> FloatArray:
+        """Return each rank's load of the window over the mean by layer, shape (layers, ranks); 1 is balanced."""
+        loads = rank_loads(self._by_engine().sum(axis=0), self.placement)
+        means = loads.mean(axis=1, keepdims=True)
+        return np.asarray(np.where(means > 0, loads / np.maximum(means, 1e-300), 1.0))
 
     # ------------------------------------------------------------------------------------------------ statistics
     def statistics(self) -> dict[str, float]:
