@@ -107,7 +107,9 @@ class RequestSource:
         """
         cluster = cluster or self.cluster
         if cluster.mode == "lockstep":
-            return self._measure(cluster.model_copy(update={"telemetry": Telemetry(), "faults": (), "random_faults": ()}))
+            return self._measure(
+                cluster.model_copy(update={"telemetry": Telemetry(), "faults": (), "random_faults": ()})
+            )
         alone = {"engines": 1, "groups": (), "telemetry": Telemetry(), "faults": (), "random_faults": ()}
         return sum(
             group.count

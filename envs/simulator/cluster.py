@@ -1,7 +1,7 @@
 """A simulated cluster: SimPy for what happens to the cluster, the compiled kernel for what happens in its engines.
 
-The kernel runs from one SimPy event to the next. Faults, given or random, are SimPy processes; users add their own (autoscaling, say) to
-``SimulatedCluster.environment`` and act through ``kill``, ``leave`` and the other methods.
+The kernel runs from one SimPy event to the next. Faults, given or random, are SimPy processes; users add their own
+(autoscaling, say) to ``SimulatedCluster.environment`` and act through ``kill``, ``leave`` and the other methods.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class RouterConfig(Config):
     """What the router remembers of the requests that it has sent."""
 
     prefix_index: PrefixIndexConfig | None = Field(
-        default=PrefixIndexConfig(), description="approximate index of the engines' prefix caches; none: it knows no hits"
+        default=PrefixIndexConfig(),
+        description="approximate index of the engines' prefix caches; none: no hits",
     )
     prefix_key_blocks: Annotated[int, Field(ge=1)] = Field(
         default=4, description="leading blocks of the index whose hash is a request's prefix key"
