@@ -32,8 +32,10 @@ class Heuristic:
     Attributes:
         Params: the pydantic model of the policy's parameters; without fields where there are none.
         params: the values in force.
+        needs_oracle: whether the policy reads what only a simulator can grant: true output lengths, unfinished work.
     """
 
+    needs_oracle: ClassVar[bool] = False
     Params: ClassVar[type[Config]] = Config
     params: Config
 
@@ -52,12 +54,15 @@ class RequestHeuristic(Heuristic):
     Attributes:
         static: whether the score of a waiting request stays the same as time passes, so that a heap can hold the queue.
         native: vLLM's own queue that the policy stands for, which also says where a preempted request returns.
-        needs_oracle: whether the policy reads ``output_tokens``, which only a simulator can grant.
     """
 
     static: ClassVar[bool] = False
     native: ClassVar[Literal["fcfs", "priority"] | None] = None
-    needs_oracle: ClassVar[bool] = False
+
+    @property
+    def served_weights(self) -> tuple[float, float] | None:
+        """Weights (prompt token, output token) of the column ``user_served``; None without need of it."""
+        return None
 
 
 def compiled_form(policy: Any) -> tuple[Callable[..., Any], FloatArray] | None:

@@ -42,7 +42,11 @@ E_KV_TOKENS = 17
 E_MAX_BATCHED_TOKENS = 18
 E_PREFILL_TOKENS_PER_S = 19
 E_DECODE_STEP_S = 20
-ENGINE_COLUMNS = 21
+E_MOE_PRESSURE = 21
+E_INDEX_TOKENS = 22
+E_TRUE_PREFILL_TOKENS = 23
+E_TRUE_OUTPUT_TOKENS = 24
+ENGINE_COLUMNS = 25
 
 # Columns of QueueView.data, shape (waiting, QUEUE_COLUMNS).
 Q_WAIT_S = 0
@@ -57,7 +61,9 @@ Q_PREEMPTIONS = 8
 Q_ARRIVAL_S = 9
 Q_OUTPUT_TOKENS = 10
 Q_PREDICTED_TOKENS = 11
-QUEUE_COLUMNS = 12
+Q_USER_SERVED = 12
+Q_INDEX = 13
+QUEUE_COLUMNS = 14
 
 # Entries of the context row that a compiled request policy reads beside a row of QueueView.data.
 C_NOW_S = 0
@@ -82,7 +88,8 @@ R_INDEX = 8
 R_LAST_ENGINE = 9
 R_UNIFORM_0 = 10
 R_UNIFORM_1 = 11
-REQUEST_COLUMNS = 12
+R_PREFIX_KEY = 12
+REQUEST_COLUMNS = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,8 @@ class RequestView:
         uniforms: two draws from [0, 1) keyed by the run's seed and the request's index. Randomised policies use these
             instead of a generator of their own, which makes every policy a pure function of its views and pairs the
             randomness of runs that compare policies.
+        prefix_key: hash of the first blocks of the prompt, equal for requests that begin alike, from 1 to 2^52; 0 where
+            the router knows of no other request that could.
     """
 
     index: int
@@ -116,6 +125,7 @@ class RequestView:
     deadline_s: float = float("inf")
     last_engine: int = -1
     uniforms: tuple[float, float] = (0.0, 0.0)
+    prefix_key: int = 0
 
     def row(self) -> FloatArray:
         """Return the ``R_*`` entries as one float64 row, as compiled policies read them. Shape (REQUEST_COLUMNS,)."""
@@ -132,6 +142,7 @@ class RequestView:
                 self.index,
                 self.last_engine,
                 *self.uniforms,
+                self.prefix_key,
             ],
             dtype=np.float64,
         )
@@ -166,13 +177,17 @@ class EngineViews:
     waiting = _Column(E_WAITING, "requests in the engine's waiting queue (telemetry)")
     running = _Column(E_RUNNING, "requests in the engine's running batch (telemetry)")
     kv_usage = _Column(E_KV_USAGE, "share of KV blocks in use, 0..1 (telemetry)")
-    telemetry_age_s = _Column(E_TELEMETRY_AGE_S, "age of the three columns above, seconds")
+    moe_pressure = _Column(
+        E_MOE_PRESSURE, "load of the engine's expert-parallel ranks over the mean of all; 1 if unknown (telemetry)"
+    )
+    telemetry_age_s = _Column(E_TELEMETRY_AGE_S, "age of the columns above, seconds")
     # Counters of the router itself: exact.
     inflight = _Column(E_INFLIGHT, "requests dispatched and not finished (exact)")
     inflight_prompt_tokens = _Column(E_INFLIGHT_PROMPT_TOKENS, "prompt tokens of the requests in flight (exact)")
     prefill_requests = _Column(E_PREFILL_REQUESTS, "requests in flight without first token (exact)")
     prefill_tokens = _Column(E_PREFILL_TOKENS, "prompt tokens of requests in flight without first token (exact)")
     hit_tokens = _Column(E_HIT_TOKENS, "prompt tokens of this request that the router believes cached there")
+    index_tokens = _Column(E_INDEX_TOKENS, "tokens that the router's prefix index holds of the engine (exact)")
     user_home = _Column(E_USER_HOME, "1 at the engine that served this user last, else 0")
     session_home = _Column(E_SESSION_HOME, "1 at the engine that served this session last, else 0")
     ttft_ewma_s = _Column(E_TTFT_EWMA_S, "moving average of TTFT of finished first tokens, seconds")
@@ -185,6 +200,9 @@ class EngineViews:
     max_batched_tokens = _Column(E_MAX_BATCHED_TOKENS, "token budget of a step")
     prefill_tokens_per_s = _Column(E_PREFILL_TOKENS_PER_S, "calibrated prefill rate at a full token budget, tokens/s")
     decode_step_s = _Column(E_DECODE_STEP_S, "calibrated duration of a decode step of one request, seconds")
+    # The truth: NaN unless the run grants it to an oracle policy, which only a simulator can.
+    true_prefill_tokens = _Column(E_TRUE_PREFILL_TOKENS, "tokens yet to prefill; NaN unless an oracle is granted it")
+    true_output_tokens = _Column(E_TRUE_OUTPUT_TOKENS, "tokens yet to generate; NaN unless an oracle is granted it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +210,8 @@ class QueueView:
     """The waiting queue of one engine; every column has shape (waiting,), in order of arrival at the engine.
 
     ``output_tokens`` is NaN unless the run grants an oracle policy the true output length, which only a simulator
-    can; ``predicted_tokens`` is NaN unless the workload carries a prediction.
+    can; ``predicted_tokens`` is NaN unless the workload carries a prediction; ``user_served`` is NaN unless the policy
+    asks for it by an attribute ``served_weights``.
 
     Attributes:
         data: float64 matrix, shape (waiting, QUEUE_COLUMNS), read-only by contract.
@@ -229,6 +248,10 @@ class QueueView:
     arrival_s = _Column(Q_ARRIVAL_S, "arrival time, seconds on the run's clock")
     output_tokens = _Column(Q_OUTPUT_TOKENS, "true output length; NaN unless an oracle is granted it")
     predicted_tokens = _Column(Q_PREDICTED_TOKENS, "predicted output length; NaN without a prediction")
+    user_served = _Column(
+        Q_USER_SERVED, "weighted tokens served to the user here, earlier waiting prompts of the user included"
+    )
+    index = _Column(Q_INDEX, "identity of the request within the run; the key of per-request randomness")
 
 
 @dataclass(frozen=True, slots=True)

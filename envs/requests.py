@@ -115,8 +115,10 @@ class RequestSource:
         """
         cluster = cluster or self.cluster
         if cluster.mode == "lockstep":
-            return self._measure(cluster.model_copy(update={"telemetry": Telemetry(), "faults": ()}))
-        alone = {"engines": 1, "groups": (), "telemetry": Telemetry(), "faults": ()}
+            return self._measure(
+                cluster.model_copy(update={"telemetry": Telemetry(), "faults": (), "random_faults": ()})
+            )
+        alone = {"engines": 1, "groups": (), "telemetry": Telemetry(), "faults": (), "random_faults": ()}
         return sum(
             group.count
             / group.slowdown

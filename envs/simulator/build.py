@@ -16,17 +16,29 @@ from servegym.baselines.interface import (
     E_MAX_BATCHED_TOKENS,
     E_MAX_NUM_SEQS,
     E_PREFILL_TOKENS_PER_S,
+    E_TRUE_OUTPUT_TOKENS,
+    E_TRUE_PREFILL_TOKENS,
     ENGINE_COLUMNS,
     QUEUE_COLUMNS,
     REQUEST_COLUMNS,
 )
 from servegym.envs.profiles.profile import EngineLimits, Profile, StepCost
 from servegym.envs.profiles.rates import decode_step_s, prefill_tokens_per_s
-from servegym.envs.simulator.config import EngineSpec, Telemetry
+from servegym.envs.simulator.config import EngineSpec, RouterConfig, Telemetry
 from servegym.envs.simulator.experts.model import ExpertModel
 from servegym.envs.simulator.kernel.blocks import reset_pools
 from servegym.envs.simulator.kernel.progress import NEVER
-from servegym.envs.simulator.kernel.state import BLOCK, CLUSTER, ENGINE, NONE, PENDING, REQUEST, TELEMETRY
+from servegym.envs.simulator.kernel.state import (
+    BLOCK,
+    CLUSTER,
+    ENGINE,
+    INDEX_LRU,
+    INDEX_NODE,
+    NONE,
+    PENDING,
+    REQUEST,
+    TELEMETRY,
+)
 from servegym.envs.workloads.table import RequestTable
 from servegym.errors import InputError
 
@@ -53,10 +65,13 @@ class Memory:
         *,
         order: int,
         telemetry: Telemetry,
+        router: RouterConfig | None = None,
         lockstep: bool = False,
         external_dispatch: bool = False,
         log_events: bool = False,
         oracle: bool = False,
+        dispatch_oracle: bool = False,
+        served_weights: tuple[float, float] | None = None,
         record_totals: bool = False,
         engine_params: npt.ArrayLike = (),
         request_params: npt.ArrayLike = (),
@@ -75,7 +90,7 @@ class Memory:
         self._owned: list[npt.NDArray[Any]] = []
         users, user = _dense(table.user)
         sessions, session = _dense(table.session)
-        templates, template = _dense(table.template)
+        _, template = _dense(table.template)
         size, count = len(engines), len(table)
         self.requests = _requests(table, user, session, template)
         self.engines = _engines(engines, order)
@@ -88,12 +103,13 @@ class Memory:
         self.engine_view[:, E_MAX_BATCHED_TOKENS] = self.engines["max_num_batched_tokens"]
         self.engine_view[:, E_PREFILL_TOKENS_PER_S] = self.engines["prefill_tokens_per_s"]
         self.engine_view[:, E_DECODE_STEP_S] = self.engines["decode_step_s"]
+        self.engine_view[:, [E_TRUE_PREFILL_TOKENS, E_TRUE_OUTPUT_TOKENS]] = np.nan
         self.events = np.zeros(2 * count if log_events else 0, dtype=np.int32)
         self.totals = np.zeros((count if record_totals else 0, 3))
         longest = int((table.prompt_tokens + table.output_tokens).max())
         costs = _costs(engines, lockstep)
         for record, spec, cost in zip(self.engines, engines, costs, strict=True):
-            self._lay_out_engine(record, spec.limits, longest, templates)
+            self._lay_out_engine(record, spec.limits, longest, users if served_weights else None)
             # The expert model has its own account of communication.
             local = cost.local_table_s if experts is None else cost.local_table_s - cost.communication_table_s
             record["local_cost_at"] = self._own(local)
@@ -116,6 +132,9 @@ class Memory:
             "telemetry_depth": depth,
             "logging": log_events,
             "oracle": oracle,
+            "dispatch_oracle": dispatch_oracle,
+            "serving": served_weights is not None,
+            "user_count": users,
             "recording": record_totals,
             "engine_count": size,
             "root_count": len(roots),
@@ -125,6 +144,8 @@ class Memory:
             "engine_score_at": engine_score,
             "request_key_at": request_key,
         }
+        if served_weights is not None:
+            fields["prompt_weight"], fields["output_weight"] = served_weights
         fields |= dict.fromkeys(
             ("shown_snapshot", "pending", "last_engine", "order_engine", "stranded", "placement_group"), NONE
         )
@@ -143,7 +164,6 @@ class Memory:
             "telemetry": np.zeros((depth, size), dtype=TELEMETRY),
             "user_engine": np.full(users, NONE, dtype=np.int32),
             "session_engine": np.full(sessions, NONE, dtype=np.int32),
-            "session_tokens": np.zeros(sessions, dtype=np.int32),
             "engine_view": self.engine_view,
             "request_row": self.request_row,
             "totals": self.totals,
@@ -152,7 +172,11 @@ class Memory:
             "context_row": self.context_row,
             "engine_params": parameters[0],
             "request_params": self.request_params,
+            "charges": np.zeros(users + 1 if served_weights else 0),
         }
+        index_fields, index_arrays = _prefix_index(table, self.requests, self.engines, router or RouterConfig())
+        fields |= index_fields
+        arrays |= index_arrays
         fields |= {f"{name}_at": self._own(array) for name, array in arrays.items()}
         fields["groups_at"] = experts.records.ctypes.data if experts is not None else 0
         for name, value in fields.items():
@@ -186,13 +210,14 @@ class Memory:
         self._owned.append(array)
         return int(array.ctypes.data)
 
-    def _lay_out_engine(self, record: Any, limits: EngineLimits, longest: int, templates: int) -> None:
+    def _lay_out_engine(self, record: Any, limits: EngineLimits, longest: int, served_users: int | None) -> None:
         seqs, blocks = limits.max_num_seqs, limits.num_blocks
         # Only these must begin as zeros; the others are written before they are read.
         zeros: dict[str, tuple[int, npt.DTypeLike]] = {
             "phases": (limits.block_size, np.int32),
-            "template_seen": (templates, np.int8),
         }
+        if served_users is not None:
+            zeros |= {"served": (served_users + 1, np.float64), "queued": (served_users + 1, np.int32)}
         shapes: dict[str, tuple[int, npt.DTypeLike]] = {
             name: (seqs, np.int32) for name in ("running", "scheduled", "preempted", "phase_of", "rows")
         }
@@ -275,6 +300,7 @@ def _requests(
         records[name] = np.nan
     for name in ("engine", "row", "link", "heap_child"):
         records[name] = NONE
+    records["served"] = NONE
     records["status"] = PENDING
     return records
 
@@ -301,8 +327,40 @@ def _engines(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any]:
         record["next_finish"] = NEVER
         record["picked"] = record["pick_budget"] = NONE
         record["queue_head"] = record["queue_tail"] = record["front"] = record["heap"] = NONE
+        record["last_admitted"] = NONE
         record["accepting"] = record["alive"] = record["reporting"] = 1
     return records
+
+
+def _prefix_index(
+    table: RequestTable, requests: npt.NDArray[Any], engines: npt.NDArray[Any], router: RouterConfig
+) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Fields and arrays of the router's prefix index; nothing where no two requests can share a block."""
+    config = router.prefix_index
+    shared = table.prefix_block_tokens > 0 or (table.template >= 0).any() or requests["shared_stream"].any()
+    if config is None or not shared or not engines["prefix_caching"].any():
+        return {}, {}
+    blocks = np.minimum(table.prompt_tokens // config.block_tokens, config.max_match_blocks)
+    total = max(int(blocks.sum(dtype=np.int64)), 1)
+    capacity = min(config.capacity_blocks, total)
+    slots = 1 << (2 * min(capacity * len(engines), total)).bit_length()
+    lru = np.zeros(len(engines), dtype=INDEX_LRU)
+    lru["oldest"] = lru["newest"] = NONE
+    fields = {
+        "indexing": True,
+        "index_block_tokens": config.block_tokens,
+        "index_capacity": capacity,
+        "index_max_match": config.max_match_blocks,
+        "index_ttl_s": np.inf if config.ttl_s is None else config.ttl_s,
+        "prefix_key_blocks": router.prefix_key_blocks,
+        "index_mask": slots - 1,
+    }
+    arrays = {
+        "index_slots": np.full(slots, NONE, dtype=np.int32),
+        "index_nodes": np.empty(capacity * len(engines), dtype=INDEX_NODE),
+        "index_lru": lru,
+    }
+    return fields, arrays
 
 
 def _costs(engines: Sequence[EngineSpec], lockstep: bool) -> list[StepCost]:

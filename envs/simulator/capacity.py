@@ -25,7 +25,7 @@ def capacity_rps(cluster: ClusterConfig, sample: Callable[[int], RequestTable]) 
         cluster: the cluster.
         sample: returns a table of about as many requests as asked for, all open-loop.
     """
-    undisturbed = cluster.model_copy(update={"faults": (), "telemetry": Telemetry(period_s=0.0)})
+    undisturbed = cluster.model_copy(update={"faults": (), "random_faults": (), "telemetry": Telemetry(period_s=0.0)})
     slots = sum(spec.limits.max_num_seqs for spec in cluster.expand())
     table = sample(_WAVES * slots)
     run = SimulatedCluster(undisturbed, table, create("request", "fcfs"), create("engine", "least_requests"))

@@ -1,7 +1,7 @@
 """A simulated cluster: SimPy for what happens to the cluster, the compiled kernel for what happens in its engines.
 
-The kernel runs from one SimPy event to the next. Faults are SimPy processes; users add their own (autoscaling, say) to
-``SimulatedCluster.environment`` and act through ``kill``, ``leave`` and the other methods.
+The kernel runs from one SimPy event to the next. Faults, given or random, are SimPy processes; users add their own
+(autoscaling, say) to ``SimulatedCluster.environment`` and act through ``kill``, ``leave`` and the other methods.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from servegym.envs.simulator.kernel.state import (
     ORDER_PRIORITY,
     ORDER_STATIC,
 )
+from servegym.envs.simulator.random_faults import RandomFaults
 from servegym.envs.workloads.table import RequestTable
 
 
@@ -110,10 +111,13 @@ class SimulatedCluster:
             self.specs,
             order=order,
             telemetry=config.telemetry,
+            router=config.router,
             lockstep=config.mode == "lockstep",
             external_dispatch=form is None,
             log_events=bool(self._hooks.keys() & {"on_first_token", "on_finish"}),
             oracle=getattr(request_policy, "needs_oracle", False),
+            dispatch_oracle=getattr(engine_policy, "needs_oracle", False),
+            served_weights=getattr(request_policy, "served_weights", None),
             record_totals=record_totals,
             engine_params=form[1] if form else (),
             request_params=key_params,
@@ -130,6 +134,9 @@ class SimulatedCluster:
                 reset(seed)
         for fault in config.faults:
             self.environment.process(self._fault(fault))
+        self.random_faults = RandomFaults(
+            self.environment, config.random_faults, self.memory.engines, self._apply, seed
+        )
         self._place_static()
 
     def _make_experts(self, seed: int) -> ExpertModel | None:
@@ -271,7 +278,7 @@ class SimulatedCluster:
     def request_view(self) -> RequestView:
         """The pending request."""
         row = self.memory.request_row
-        now, arrival, prompt, priority, deadline, user, session, turn, index, last, first, second = row.tolist()
+        now, arrival, prompt, priority, deadline, user, session, turn, index, last, *uniforms, key = row.tolist()
         return RequestView(
             index=int(index),
             now_s=now,
@@ -283,7 +290,8 @@ class SimulatedCluster:
             turn=int(turn),
             deadline_s=deadline,
             last_engine=int(last),
-            uniforms=(first, second),
+            uniforms=(uniforms[0], uniforms[1]),
+            prefix_key=int(key),
         )
 
     def engine_views(self) -> EngineViews:
@@ -310,7 +318,7 @@ class SimulatedCluster:
                 self.environment.step()
             elif reason == DONE:
                 # Later events, a recovery for instance, matter only to requests that wait for an engine.
-                if horizon == float("inf") or self.finished == len(self.table):
+                if horizon == float("inf") or self.finished == len(self.table) or self._given_up():
                     return DONE
                 cluster["now_s"] = horizon
                 self.environment.step()
@@ -402,6 +410,9 @@ class SimulatedCluster:
 
     def _fault(self, fault: Fault) -> Generator[simpy.Event, Any, None]:
         yield self.environment.timeout(fault.at_s)
+        self._apply(fault)
+
+    def _apply(self, fault: Fault) -> None:
         actions: dict[str, Callable[[int], None]] = {
             "die": self.kill,
             "recover": self.recover,
@@ -414,6 +425,11 @@ class SimulatedCluster:
             "unmute": lambda engine: self.report(engine, True),
         }
         actions[fault.kind](fault.engine)
+
+    def _given_up(self) -> bool:
+        """Whether only random faults can still happen, none of which brings an engine back."""
+        last = max((fault.at_s for fault in self.config.faults), default=0.0)
+        return bool(self.config.random_faults) and self.environment.now >= last and not self.random_faults.pending
 
     def _report(self, progress: Callable[[float], None]) -> Generator[simpy.Event, Any, None]:
         span = float(self.table.arrival_s.max()) / 100 or 1.0

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from servegym.baselines.prefix_index import PrefixIndexConfig
 from servegym.configuration import Config, validate
 from servegym.envs.profiles.profile import EngineLimits, Profile, load_profile
 from servegym.envs.simulator.experts.config import ExpertsConfig
@@ -30,6 +31,18 @@ class Telemetry(Config):
         return self
 
 
+class RouterConfig(Config):
+    """What the router remembers of the requests that it has sent."""
+
+    prefix_index: PrefixIndexConfig | None = Field(
+        default=PrefixIndexConfig(),
+        description="approximate index of the engines' prefix caches; none: no hits",
+    )
+    prefix_key_blocks: Annotated[int, Field(ge=1)] = Field(
+        default=4, description="leading blocks of the index whose hash is a request's prefix key"
+    )
+
+
 class Fault(Config):
     """A change of one engine at a point in time."""
 
@@ -43,6 +56,31 @@ class Fault(Config):
         )
     )
     factor: Positive = Field(default=1.0, description="for kind slow: 2 doubles each step's duration")
+
+
+class RandomFault(Config):
+    """Faults that befall each engine again and again, after times and for times that are exponentially distributed.
+
+    An engine has one random fault at a time; one that would leave too few engines does not happen.
+    """
+
+    kind: Literal["die", "hang", "slow", "mute", "leave"] = Field(
+        description="as in faults; ends by recover, resume, the old speed, unmute or join (leave/join: autoscaling)"
+    )
+    mean_between_s: Positive = Field(description="mean time of an engine from the end of a fault to the next, seconds")
+    mean_duration_s: Positive = Field(description="mean duration, seconds")
+    factor: tuple[Positive, Positive] = Field(
+        default=(2.0, 2.0), description="for kind slow: range of the factor on step times, drawn uniformly"
+    )
+    min_alive: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="for die, hang and leave: engines that keep serving"
+    )
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> Self:
+        if self.factor[0] > self.factor[1]:
+            raise ValueError("factor: smallest first")
+        return self
 
 
 class EngineGroup(Config):
@@ -72,7 +110,9 @@ class ClusterConfig(Config):
         default=None, description="model of unequal experts, in place of moe_imbalance; default: balanced ones"
     )
     telemetry: Telemetry = Telemetry()
+    router: RouterConfig = RouterConfig()
     faults: tuple[Fault, ...] = ()
+    random_faults: tuple[RandomFault, ...] = Field(default=(), description="faults as a random process")
 
     @model_validator(mode="after")
     def _one_account_of_imbalance(self) -> Self:

@@ -53,6 +53,13 @@ def random_engines(rng: np.random.Generator, count: int) -> i.EngineViews:
         hit_tokens=rng.integers(0, 4, count) * 64,
         dispatched=rng.integers(0, 50, count),
         dispatched_since=rng.integers(0, 3, count),
+        prefill_requests=rng.integers(0, 4, count),
+        kv_tokens=rng.integers(1, 4, count) * 2000,
+        prefill_tokens_per_s=rng.integers(1, 3, count) * 400,
+        moe_pressure=rng.integers(2, 7, count) / 4,
+        index_tokens=rng.integers(0, 3, count) * 64,
+        true_prefill_tokens=rng.integers(0, 900, count),
+        true_output_tokens=rng.integers(0, 900, count),
     )
     for home in (i.E_USER_HOME, i.E_SESSION_HOME):
         engines.data[rng.integers(count), home] = rng.integers(2)
@@ -63,6 +70,11 @@ def random_request(rng: np.random.Generator, count: int) -> i.RequestView:
     return request_from(
         prompt_tokens=int(rng.integers(1, 300)),
         last_engine=int(rng.integers(-1, count)),
+        deadline_s=float(rng.choice([0.5, 3.0, np.inf])),
+        session=int(rng.integers(-1, 3)),
+        user=int(rng.integers(-1, 3)),
+        turn=int(rng.integers(0, 2)),
+        prefix_key=int(rng.integers(0, 3)) * 2**40,
         uniforms=(float(rng.random()), float(rng.random())),
     )
 
@@ -108,6 +120,10 @@ def draw_queue() -> Callable[[np.random.Generator], i.QueueView]:
             computed_tokens=rng.integers(0, 2, count) * 16,
             priority=rng.integers(-2, 3, count),
             output_tokens=rng.integers(1, 40, count),
+            deadline_s=rng.choice([0.5, 3.0, np.inf], count),
+            preemptions=rng.integers(0, 3, count),
+            user_served=np.where(rng.random(count) < 0.5, np.nan, rng.integers(0, 40, count)),
+            index=rng.integers(0, 10**6, count),
             predicted_tokens=predicted,
         )
 

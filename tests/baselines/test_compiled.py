@@ -8,11 +8,25 @@ import pytest
 
 from servegym.baselines import registry
 from servegym.baselines.heuristic import compiled_form
-from servegym.baselines.interface import CONTEXT_COLUMNS, pick
+from servegym.baselines.interface import C_PREFILL_TOKENS_PER_S, CONTEXT_COLUMNS, pick
 
 ROW, MATRIX = numba.float64[::1], numba.float64[:, ::1]
 ENGINE = [*registry.names("engine"), "session_sticky,max_gap=1", "load_aware,theta_k=0.5,theta_diff=0.3"]
+ENGINE += [
+    "dynamo,temperature=0.7",
+    "sglang,abs_gap=2",
+    "ray_prefix,gap=2",
+    "ray_prefix,gap=none",
+    "autellix,long_tokens=99",
+]
+ENGINE += ["chwbl,bound=1", "smetric,c2=1e-5,slack=0.2", "dualmap,slo_base_s=0.3"]
 REQUEST = [*registry.names("request"), "spf_aging,gamma=0", "sjf_age,theta_age_s=12", "sjf_predicted,unknown_tokens=9"]
+REQUEST += [
+    "mlfq,starvation_s=15",
+    "mlfq,quantum_s=0.001,starvation_s=30",
+    "sjf_noisy,sigma=2,seed=5",
+    "ewsjf,step_tokens=64",
+]
 
 
 @pytest.mark.parametrize("spec", ENGINE)
@@ -49,6 +63,7 @@ def test_request_forms_agree(spec, draw_queue) -> None:
     compiled = numba.njit(numba.float64(ROW, ROW, ROW))(function)
     rng = np.random.default_rng(6)
     context = np.zeros(CONTEXT_COLUMNS)
+    context[C_PREFILL_TOKENS_PER_S] = 40_000.0
     for _ in range(300):
         queue = draw_queue(rng)
         before = queue.data.copy()

@@ -92,8 +92,6 @@ def end_turn(s: State, r: int, now: float) -> None:
     request = request_at(s.requests_at, r)
     s.finished += 1
     log_event(s, 2 * r + 1)
-    if request.session != NONE:
-        ints(s.session_tokens_at)[request.session] = request.prompt + request.output
     if request.child != NONE:
         follow_up = request_at(s.requests_at, request.child)
         follow_up.arrival_s = now + follow_up.think_s

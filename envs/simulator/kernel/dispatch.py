@@ -13,15 +13,19 @@ from servegym.baselines.interface import (
     E_DISPATCHED,
     E_DISPATCHED_SINCE,
     E_HIT_TOKENS,
+    E_INDEX_TOKENS,
     E_INFLIGHT,
     E_INFLIGHT_PROMPT_TOKENS,
     E_ITL_EWMA_S,
     E_KV_USAGE,
+    E_MOE_PRESSURE,
     E_PREFILL_REQUESTS,
     E_PREFILL_TOKENS,
     E_RUNNING,
     E_SESSION_HOME,
     E_TELEMETRY_AGE_S,
+    E_TRUE_OUTPUT_TOKENS,
+    E_TRUE_PREFILL_TOKENS,
     E_TTFT_EWMA_S,
     E_USER_HOME,
     E_WAITING,
@@ -31,6 +35,7 @@ from servegym.baselines.interface import (
     R_INDEX,
     R_LAST_ENGINE,
     R_NOW_S,
+    R_PREFIX_KEY,
     R_PRIORITY,
     R_PROMPT_TOKENS,
     R_SESSION,
@@ -42,17 +47,20 @@ from servegym.baselines.interface import (
 )
 from servegym.envs.simulator.kernel.arrivals import push_later
 from servegym.envs.simulator.kernel.blocks import mix
+from servegym.envs.simulator.kernel.experts import pressure
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import (
     call_engine_score,
     engine_at,
+    experts_at,
     floats,
     ints,
+    lru_at,
     request_at,
-    small,
     telemetry_at,
 )
-from servegym.envs.simulator.kernel.progress import settle_integrals
+from servegym.envs.simulator.kernel.prefix_index import insert_prefix, match_prefix, prefix_key
+from servegym.envs.simulator.kernel.progress import settle_integrals, true_output_tokens, true_prefill_tokens
 from servegym.envs.simulator.kernel.queues import push_waiting
 from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, State
 
@@ -83,6 +91,7 @@ def _measure(s: State, e: int, time: float, slot: int) -> None:
     sample.waiting = engine.waiting
     sample.running = engine.running
     sample.kv_usage = 1.0 - engine.free_blocks / (engine.num_blocks - 1)
+    sample.moe_pressure = pressure(experts_at(s.groups_at, engine.group), e) if s.groups_at != 0 else 1.0
     sample.dispatched = engine.dispatched
 
 
@@ -95,6 +104,7 @@ def _repeat(s: State, e: int, before: int, now: int) -> None:
     new.waiting = old.waiting
     new.running = old.running
     new.kv_usage = old.kv_usage
+    new.moe_pressure = old.moe_pressure
     new.dispatched = old.dispatched
 
 
@@ -123,6 +133,7 @@ def _show(s: State, view: Any, e: int, slot: int) -> None:
     view[e, E_WAITING] = sample.waiting
     view[e, E_RUNNING] = sample.running
     view[e, E_KV_USAGE] = sample.kv_usage
+    view[e, E_MOE_PRESSURE] = sample.moe_pressure
     view[e, E_INFLIGHT] = engine.inflight
     view[e, E_INFLIGHT_PROMPT_TOKENS] = engine.inflight_prompt
     view[e, E_PREFILL_REQUESTS] = engine.prefill_requests
@@ -130,6 +141,8 @@ def _show(s: State, view: Any, e: int, slot: int) -> None:
     view[e, E_TTFT_EWMA_S] = engine.ttft_ewma_s
     view[e, E_ITL_EWMA_S] = engine.itl_ewma_s
     view[e, E_DISPATCHED] = engine.dispatched
+    if s.indexing:
+        view[e, E_INDEX_TOKENS] = lru_at(s.index_lru_at, e).count * s.index_block_tokens
     view[e, E_DISPATCHED_SINCE] = engine.dispatched - sample.dispatched
 
 
@@ -159,28 +172,38 @@ def _show_engines(s: State, view: Any, now: float) -> None:
 
 @jit
 def _show_affinity(s: State, view: Any, r: int) -> None:
-    """Write where the request's user, session and prompt have been before."""
+    """Write where the request's user and session have been before."""
     request = request_at(s.requests_at, r)
     if s.affinity_shown:
         for e in range(s.engine_count):
             view[e, E_USER_HOME] = 0.0
             view[e, E_SESSION_HOME] = 0.0
-            view[e, E_HIT_TOKENS] = 0.0
-    s.affinity_shown = request.user != NONE or request.session != NONE or request.template != NONE
-    longest = request.prompt - 1
-    if request.template != NONE:
-        for e in range(s.engine_count):
-            engine = engine_at(s.engines_at, e)
-            if engine.prefix_caching and small(engine.template_seen_at)[request.template]:
-                view[e, E_HIT_TOKENS] = min(request.template_tokens, longest)
+    s.affinity_shown = request.user != NONE or request.session != NONE
     if request.user != NONE and ints(s.user_engine_at)[request.user] != NONE:
         view[ints(s.user_engine_at)[request.user], E_USER_HOME] = 1.0
     if request.session != NONE and ints(s.session_engine_at)[request.session] != NONE:
-        home = ints(s.session_engine_at)[request.session]
-        view[home, E_SESSION_HOME] = 1.0
-        if engine_at(s.engines_at, home).prefix_caching:
-            tokens = ints(s.session_tokens_at)[request.session]
-            view[home, E_HIT_TOKENS] = max(view[home, E_HIT_TOKENS], min(tokens, longest))
+        view[ints(s.session_engine_at)[request.session], E_SESSION_HOME] = 1.0
+
+
+@jit
+def _show_hits(s: State, view: Any, r: int, now: float) -> None:
+    """Write what of the prompt the router believes cached on each engine."""
+    hits = match_prefix(s, r, now)
+    if hits > 0 or s.hits_shown:
+        longest = request_at(s.requests_at, r).prompt - 1
+        for e in range(s.engine_count):
+            matched = lru_at(s.index_lru_at, e).matched if hits > 0 else 0
+            view[e, E_HIT_TOKENS] = min(matched * s.index_block_tokens, longest)
+    s.hits_shown = hits > 0
+
+
+@jit
+def _show_truth(s: State, view: Any) -> None:
+    """Write the unfinished work that only an oracle sees."""
+    for e in range(s.engine_count):
+        engine = engine_at(s.engines_at, e)
+        view[e, E_TRUE_PREFILL_TOKENS] = true_prefill_tokens(s, engine)
+        view[e, E_TRUE_OUTPUT_TOKENS] = true_output_tokens(s, engine)
 
 
 @jit
@@ -190,6 +213,10 @@ def fill_view(s: State, r: int, now: float) -> None:
     view = _view(s)
     _show_engines(s, view, now)
     _show_affinity(s, view, r)
+    if s.indexing:
+        _show_hits(s, view, r, now)
+    if s.dispatch_oracle:
+        _show_truth(s, view)
     row = carray(floats(s.request_row_at), (REQUEST_COLUMNS,))
     row[R_NOW_S] = now
     row[R_ARRIVAL_S] = request.arrival_s
@@ -203,6 +230,7 @@ def fill_view(s: State, r: int, now: float) -> None:
     row[R_LAST_ENGINE] = s.last_engine
     row[R_UNIFORM_0] = _uniform(s.seed, r, 0)
     row[R_UNIFORM_1] = _uniform(s.seed, r, 1)
+    row[R_PREFIX_KEY] = prefix_key(s, r) if s.indexing else 0.0
 
 
 @jit
@@ -242,6 +270,7 @@ def hand_over(s: State, r: int, e: int, now: float) -> None:
     request.engine = e
     engine.inflight += 1
     engine.inflight_prompt += request.prompt
+    engine.inflight_output += request.output
     if request.generated == 0:
         engine.prefill_requests += 1
         engine.prefill_tokens += request.prompt
@@ -252,11 +281,9 @@ def hand_over(s: State, r: int, e: int, now: float) -> None:
     if request.user != NONE:
         ints(s.user_engine_at)[request.user] = e
     if request.session != NONE:
-        if ints(s.session_engine_at)[request.session] != e:
-            ints(s.session_tokens_at)[request.session] = 0
         ints(s.session_engine_at)[request.session] = e
-    if request.template != NONE:
-        small(engine.template_seen_at)[request.template] = 1
+    if s.indexing and engine.prefix_caching:
+        insert_prefix(s, r, e, now)
     push_waiting(s, engine, r, now)
     if engine.activity == IDLE and not engine.hung:
         engine.activity = READY

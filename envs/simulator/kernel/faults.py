@@ -10,7 +10,9 @@ from servegym.envs.simulator.kernel.blocks import clear_cache, reset_pool
 from servegym.envs.simulator.kernel.dispatch import rescue
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import engine_at, floats, ints, longs, request_at
+from servegym.envs.simulator.kernel.prefix_index import forget_engine
 from servegym.envs.simulator.kernel.progress import NEVER, mark_changed, settle_integrals
+from servegym.envs.simulator.kernel.served import forget_served
 from servegym.envs.simulator.kernel.state import (
     DECODE,
     IDLE,
@@ -36,6 +38,7 @@ def _lose(s: State, engine: Engine, r: int, now: float) -> None:
     request.link = NONE
     request.heap_child = NONE
     request.retries += 1
+    request.served = NONE
     push_later(s, r, now)
 
 
@@ -87,11 +90,15 @@ def kill(cluster: Any, e: int, now: float) -> None:
     for task in range(engine.tasks):
         longs(engine.task_decoding_at)[task] = 0
     engine.inflight = engine.inflight_prompt = engine.prefill_requests = engine.prefill_tokens = 0
+    engine.inflight_output = engine.waiting_tokens = engine.waiting_generated = 0
     engine.tpot_rate = 0.0
     engine.activity = IDLE
     floats(s.event_s_at)[e] = math.inf
     engine.alive = engine.accepting = engine.reporting = engine.hung = 0
     clear_cache(engine)
+    if s.indexing:
+        forget_engine(s, e)
+    forget_served(s, engine)
     reset_pool(engine)
 
 

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from servegym.envs.simulator.kernel.state import BLOCK, ENGINE, EXPERTS, REQUEST, TELEMETRY
+from servegym.envs.simulator.kernel.state import BLOCK, ENGINE, EXPERTS, INDEX_LRU, INDEX_NODE, REQUEST, TELEMETRY
 
 
 def _pointer(element: types.Type) -> Any:
@@ -81,5 +81,7 @@ engine_at = _element(ENGINE)
 telemetry_at = _element(TELEMETRY)
 block_at = _element(BLOCK)
 experts_at = _element(EXPERTS)
+index_node_at = _element(INDEX_NODE)
+lru_at = _element(INDEX_LRU)
 call_engine_score = _call(types.void, pointers=4, integers=2)
 call_request_key = _call(types.float64, pointers=3, integers=1)

@@ -13,6 +13,7 @@ from servegym.envs.simulator.kernel.blocks import release
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import ints, longs, request_at
 from servegym.envs.simulator.kernel.queues import push_preempted
+from servegym.envs.simulator.kernel.served import charge
 from servegym.envs.simulator.kernel.state import DECODE, FINISHED, NONE, Engine, State
 
 NEVER = np.iinfo(np.int64).max
@@ -97,6 +98,8 @@ def preempt(s: State, engine: Engine, r: int) -> None:
     if request.status == DECODE:
         stop_decoding(s, engine, r)
     request.preemptions += 1
+    if s.serving:
+        charge(s, engine, r, request.generated)
     release(s, engine, r, computed, True)
     request.computed = 0
     engine.preemptions += 1
@@ -129,16 +132,40 @@ def finish_request(s: State, engine: Engine, r: int, now: float) -> None:
     release(s, engine, r, request.prompt + request.output - 1, False)
     request.status = FINISHED
     request.generated = request.output
+    if s.serving:
+        charge(s, engine, r, request.output)
     request.finish_s = now
     engine.finished += 1
     engine.blocked = 0
     engine.inflight -= 1
     engine.inflight_prompt -= request.prompt
+    engine.inflight_output -= request.output
     if request.output > 1:
         engine.tpot_rate -= 1.0 / (request.output - 1)
         itl = (now - request.first_s) / (request.output - 1)
         engine.itl_ewma_s += (itl - engine.itl_ewma_s) * (_EWMA if engine.itl_ewma_s > 0 else 1.0)
     end_turn(s, r, now)
+
+
+@jit
+def true_prefill_tokens(s: State, engine: Engine) -> int:
+    """Tokens that the engine's requests, waiting and running, must compute before each can generate its next one."""
+    tokens = engine.waiting_tokens
+    for i in range(engine.running):
+        r = ints(engine.running_at)[i]
+        if request_at(s.requests_at, r).status != DECODE:
+            tokens += total_tokens(s, engine, r) - computed_tokens(s, engine, r)
+    return tokens
+
+
+@jit
+def true_output_tokens(s: State, engine: Engine) -> int:
+    """Tokens that the engine's requests, waiting and running, will still generate."""
+    tokens = engine.inflight_output - engine.waiting_generated
+    for i in range(engine.running):
+        r = ints(engine.running_at)[i]
+        tokens -= total_tokens(s, engine, r) - request_at(s.requests_at, r).prompt
+    return tokens
 
 
 @jit

@@ -28,6 +28,7 @@ from servegym.baselines.interface import (
     Q_ARRIVAL_S,
     Q_COMPUTED_TOKENS,
     Q_DEADLINE_S,
+    Q_INDEX,
     Q_OUTPUT_TOKENS,
     Q_PREDICTED_TOKENS,
     Q_PREEMPTIONS,
@@ -36,11 +37,13 @@ from servegym.baselines.interface import (
     Q_SESSION,
     Q_TURN,
     Q_USER,
+    Q_USER_SERVED,
     Q_WAIT_S,
     QUEUE_COLUMNS,
 )
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import call_request_key, engine_at, floats, request_at
+from servegym.envs.simulator.kernel.served import begin_reading, join_queue, leave_queue, user_served
 from servegym.envs.simulator.kernel.state import (
     NONE,
     ORDER_DYNAMIC,
@@ -141,6 +144,8 @@ def fill_queue_row(s: State, r: int, now: float) -> None:
     row[Q_ARRIVAL_S] = request.arrival_s
     row[Q_OUTPUT_TOKENS] = request.output if s.oracle else math.nan
     row[Q_PREDICTED_TOKENS] = request.predicted_tokens
+    row[Q_USER_SERVED] = user_served(s, r)
+    row[Q_INDEX] = r
 
 
 @jit
@@ -164,6 +169,10 @@ def push_waiting(s: State, engine: Engine, r: int, now: float) -> None:
     request.link = NONE
     request.heap_child = NONE
     engine.waiting += 1
+    engine.waiting_tokens += request.prompt + request.generated
+    engine.waiting_generated += request.generated
+    if s.serving:
+        join_queue(s, engine, r)
     engine.ordered = 0
     if engine.order == ORDER_PRIORITY:
         request.key = request.priority
@@ -190,6 +199,8 @@ def push_preempted(s: State, engine: Engine, r: int) -> None:
     request.status = WAITING
     request.heap_child = NONE
     engine.waiting += 1
+    engine.waiting_tokens += request.prompt + request.generated
+    engine.waiting_generated += request.generated
     engine.blocked = 0
     if engine.order == ORDER_PRIORITY:
         request.link = NONE
@@ -206,6 +217,7 @@ def order_queue(s: State, engine: Engine, now: float) -> None:
     if engine.order != ORDER_DYNAMIC:
         return
     fill_context_row(s, engine, now)
+    begin_reading(s, engine)
     r = engine.queue_head
     while r != NONE:
         fill_queue_row(s, r, now)
@@ -246,6 +258,11 @@ def peek_waiting(s: State, engine: Engine) -> int:
 def pop_waiting(s: State, engine: Engine, r: int) -> None:
     """Remove the request that ``peek_waiting`` returned."""
     engine.waiting -= 1
+    request = request_at(s.requests_at, r)
+    engine.waiting_tokens -= request.prompt + request.generated
+    engine.waiting_generated -= request.generated
+    if s.serving:
+        leave_queue(s, engine, r)
     if r == engine.front:
         engine.front = request_at(s.requests_at, r).link
     elif engine.order == ORDER_PRIORITY or engine.order == ORDER_STATIC:
@@ -282,6 +299,7 @@ def read_queue_of(cluster: Any, e: int, rows: Any, members: Any, context: Any) -
     now = s.step_s if s.lockstep else floats(s.event_s_at)[e]
     fill_context_row(s, engine, now)
     context[:] = context_row(s)
+    begin_reading(s, engine)
     count = 0
     r = engine.queue_head
     while r != NONE:

@@ -57,6 +57,7 @@ REQUEST = np.dtype(
         ("engine", "i4"),
         ("preemptions", "i4"),
         ("hit_tokens", "i4"),  # prompt tokens found in the prefix cache at first admission
+        ("served", "i4"),  # generated tokens charged to the user, NONE before the prompt is
         ("retries", "i4"),  # dispatches beyond the first, after the death of an engine
         # Progress.
         ("key", "f8"),
@@ -94,6 +95,9 @@ ENGINE = np.dtype(
         ("prefill_requests", "i8"),
         ("prefill_tokens", "i8"),
         ("dispatched", "i8"),
+        ("inflight_output", "i8"),  # true output tokens of the requests in flight
+        ("waiting_tokens", "i8"),  # tokens that waiting requests must have computed
+        ("waiting_generated", "i8"),  # tokens that waiting requests have generated before
         ("ttft_ewma_s", "f8"),
         ("itl_ewma_s", "f8"),
         # Limits, as in vLLM.
@@ -160,7 +164,10 @@ ENGINE = np.dtype(
         ("block_tables_at", "i8"),  # i4 (S, row_length)
         ("row_length", "i8"),
         ("rows_at", "i8"),  # i4 (S,) stack of free rows of the block tables
-        ("template_seen_at", "i8"),  # i1 (templates,)
+        # Fairness among users, if the request policy asks for it; the last user is the unknown one.
+        ("served_at", "i8"),  # f8 (users + 1,) virtual counters
+        ("queued_at", "i8"),  # i4 (users + 1,) waiting requests
+        ("last_admitted", "i8"),  # user of the last request that left the queue
         # Exact integrals over time up to integral_s, for rewards.
         ("integral_s", "f8"),
         ("integral_prefill", "f8"),
@@ -200,7 +207,8 @@ CLUSTER = np.dtype(
         ("telemetry_period_s", "f8"),
         ("telemetry_lag_s", "f8"),
         ("telemetry_count", "i8"),
-        ("affinity_shown", "i8"),  # the view shows homes or hits
+        ("affinity_shown", "i8"),  # the view shows homes
+        ("hits_shown", "i8"),
         ("shown_snapshot", "i8"),  # slot of the snapshot that the view shows
         ("order_engine", "i8"),
         ("groups_at", "i8"),  # EXPERTS, one in lockstep, else one per engine; 0 without an expert model
@@ -208,6 +216,12 @@ CLUSTER = np.dtype(
         ("placement_s", "f8"),  # since when
         ("stranded", "i8"),  # head of the list of requests that found no engine
         ("oracle", "i8"),  # the request policy is granted true output lengths
+        ("dispatch_oracle", "i8"),  # the engine policy is granted true unfinished work
+        ("serving", "i8"),  # users are charged for what they are served
+        ("prompt_weight", "f8"),
+        ("output_weight", "f8"),
+        ("user_count", "i8"),
+        ("charges_at", "i8"),  # f8 (users + 1,) prompts of earlier waiting requests, while a queue is read
         ("recording", "i8"),
         ("totals_s", "f8"),  # time up to which the reward integrals were last added up
         ("totals_at", "i8"),  # f8 (R, 3) reward integrals at the arrival of each request, while recording
@@ -232,7 +246,17 @@ CLUSTER = np.dtype(
         ("telemetry_at", "i8"),  # TELEMETRY (depth, N), a ring of snapshots
         ("user_engine_at", "i8"),  # i4 last engine by user
         ("session_engine_at", "i8"),  # i4 last engine by session
-        ("session_tokens_at", "i8"),  # i4 tokens of a session that its last engine has seen
+        # The router's prefix index, see prefix_index.py.
+        ("indexing", "i8"),
+        ("index_block_tokens", "i8"),
+        ("index_capacity", "i8"),
+        ("index_max_match", "i8"),
+        ("index_ttl_s", "f8"),
+        ("prefix_key_blocks", "i8"),
+        ("index_mask", "i8"),
+        ("index_slots_at", "i8"),  # i4 (index_mask + 1,) hash table of the first nodes of chains
+        ("index_nodes_at", "i8"),  # INDEX_NODE (N, index_capacity)
+        ("index_lru_at", "i8"),  # INDEX_LRU (N,)
         ("engine_view_at", "i8"),  # f8 (N, ENGINE_COLUMNS), column by column, view of the pending decision
         ("request_row_at", "i8"),  # f8 (REQUEST_COLUMNS,)
         ("scores_at", "i8"),  # f8 (N,)
@@ -260,7 +284,15 @@ BLOCK = np.dtype(
 )
 
 TELEMETRY = np.dtype(
-    [("time_s", "f8"), ("waiting", "i8"), ("running", "i8"), ("kv_usage", "f8"), ("dispatched", "i8")], align=True
+    [
+        ("time_s", "f8"),
+        ("waiting", "i8"),
+        ("running", "i8"),
+        ("kv_usage", "f8"),
+        ("moe_pressure", "f8"),
+        ("dispatched", "i8"),
+    ],
+    align=True,
 )
 
 # The experts of one EP group, see kernel/experts.py. L layers, E experts, P slots, K ranks, T tasks, G engines,
@@ -332,5 +364,22 @@ EXPERTS = np.dtype(
         ("experts_s", "f8"),
         ("exchange_s", "f8"),
     ],
+    align=True,
+)
+# A block that the router believes to be in the prefix cache of an engine.
+INDEX_NODE = np.dtype(
+    [
+        ("key", "i8"),
+        ("time_s", "f8"),  # of its last use
+        ("engine", "i4"),
+        ("chain", "i4"),  # next node of the same key
+        ("older", "i4"),
+        ("newer", "i4"),
+    ],
+    align=True,
+)
+
+INDEX_LRU = np.dtype(
+    [("oldest", "i4"), ("newest", "i4"), ("count", "i4"), ("matched", "i4")],  # matched: blocks of the last match
     align=True,
 )
