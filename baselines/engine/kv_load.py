@@ -42,7 +42,7 @@ class Br0(Heuristic):
         """Return the growth of the barrier's waste in tokens, shape (engines,)."""
         load = _load(engines)
         open_engines = engines.available > 0
-        room = np.where(open_engines, load, -np.inf).max(initial=-np.inf) - load
+        room = np.where(open_engines, load, 0.0).max(initial=0.0) - load
         growth = open_engines.sum() * np.maximum(request.prompt_tokens - room, 0.0) - request.prompt_tokens
         rotation = turns(len(engines), request.last_engine + 1)
         return only_available(engines, growth + 2.0**-24 * load + TURN * rotation)
@@ -53,7 +53,7 @@ class Br0(Heuristic):
         count = engines.shape[0]
         first = int(request[R_LAST_ENGINE]) + 1
         prompt = request[R_PROMPT_TOKENS]
-        heaviest, present = -np.inf, 0
+        heaviest, present = 0.0, 0
         for i in range(count):
             if engines[i, E_AVAILABLE] > 0.0:
                 load = max(engines[i, E_KV_USAGE] * engines[i, E_KV_TOKENS], engines[i, E_INFLIGHT_PROMPT_TOKENS])

@@ -15,9 +15,9 @@ QueueFactory = Callable[..., i.QueueView]
 
 
 def engines_from(count: int, **columns: object) -> i.EngineViews:
-    """Engine views from columns by name; the rest is zero, and all engines are available."""
+    """Engine views from columns by name; the rest is zero; all are available, rates and pressure 1."""
     data = np.zeros((count, i.ENGINE_COLUMNS))
-    data[:, i.E_AVAILABLE] = 1.0
+    data[:, [i.E_AVAILABLE, i.E_PREFILL_TOKENS_PER_S, i.E_MOE_PRESSURE]] = 1.0
     for name, values in columns.items():
         data[:, getattr(i, f"E_{name.upper()}")] = values
     return i.EngineViews(data)

@@ -88,8 +88,8 @@ def test_parameters_reach_the_compiled_form_in_order() -> None:
 @pytest.mark.parametrize(
     ("layer", "spec", "line"),
     [
-        ("engine", "lmetrc", "policy engine=lmetrc: unknown policy; did you mean lmetric?"),
-        ("request", "lmetric", "policy request=lmetric: unknown policy; known: fcfs, priority, "),
+        ("engine", "load_awre", "policy engine=load_awre: unknown policy; did you mean load_aware?"),
+        ("request", "lmetric", "policy request=lmetric: unknown policy; known: edf, ewsjf, fcfs, "),
         (
             "engine",
             "load_aware,theta_k=3",

@@ -85,6 +85,8 @@ def test_declared_static_means_that_time_changes_nothing(make_queue, draw_queue,
                     "prompt_tokens",
                     "computed_tokens",
                     "priority",
+                    "deadline_s",
+                    "index",
                     "output_tokens",
                     "predicted_tokens",
                 )
@@ -100,7 +102,11 @@ def test_attributes_that_the_simulator_reads() -> None:
         for name in registry.names("request")
         for policy in [registry.policy_class("request", name)]
     }
-    assert {name for name, (_, oracle) in attributes.items() if oracle} == {"sjf_oracle", "srpt_oracle"}
+    assert {name for name, (_, oracle) in attributes.items() if oracle} == {
+        "sjf_noisy",
+        "sjf_oracle",
+        "srpt_oracle",
+    }
     assert {name: native for name, (native, _) in attributes.items() if native} == {
         "fcfs": "fcfs",
         "priority": "priority",
@@ -110,3 +116,55 @@ def test_attributes_that_the_simulator_reads() -> None:
 @pytest.mark.parametrize("spec", registry.names("request"))
 def test_an_empty_queue(make_queue, spec) -> None:
     assert registry.create("request", spec).score(make_queue(1.0, arrival_s=[])).shape == (0,)
+
+
+def test_hrrn_lets_waiting_outweigh_size(make_queue) -> None:
+    # Service of 40,000 tokens/s: 20 and 200 tokens of output cost 0.0125 s and 0.1025 s.
+    columns = {"prompt_tokens": [100, 100], "predicted_tokens": [20, 200]}
+    assert order("hrrn", make_queue(1.0, arrival_s=[0.9, 0.9], **columns)) == [0, 1]
+    assert order("hrrn", make_queue(1.0, arrival_s=[0.9, 0.1], **columns)) == [1, 0]
+
+
+def test_ewsjf_is_the_published_score(make_queue) -> None:
+    queue = make_queue(10.0, arrival_s=[0.0, 2.0, 9.0], prompt_tokens=[2000, 600, 10])
+    expected = [-10 * (1 + 0.5 * np.log(2001)) * 512 / 4, -8 * (1 + 0.5 * np.log(601)) * 512 / 2]
+    expected.append(-1 * (1 + 0.5 * np.log(11)) * 512)
+    np.testing.assert_allclose(registry.create("request", "ewsjf").score(queue), expected)
+
+
+def test_mlfq_joins_the_level_that_covers_the_prefill_and_raises_the_starving(make_queue) -> None:
+    # 40,000 tokens/s: 400 tokens take the first quantum of 10 ms, 500 the second one's 20 ms.
+    columns = {"arrival_s": [7.5, 7.0, 7.2], "prompt_tokens": [400, 500, 400], "preemptions": [0, 0, 2]}
+    assert order("mlfq", make_queue(8.0, **columns)) == [0, 1, 2]
+    assert order("mlfq", make_queue(10.1, **columns)) == [1, 0, 2]  # only the second waited over 3 s
+
+
+def test_deadline_orders(make_queue) -> None:
+    # Due at 0 + 1 + 0.125, at 0.5 + 0.3 and at 1 + 1 s.
+    columns = {"arrival_s": [0, 0.5, 1], "prompt_tokens": [2000, 100, 40_000], "deadline_s": [np.inf, 0.3, 1]}
+    assert order("edf", make_queue(1.0, **columns)) == [1, 0, 2]
+    # Less 0.05, 0.0025 and 1 s of prefill.
+    np.testing.assert_allclose(
+        registry.create("request", "llf").score(make_queue(1.0, **columns)), [1.075, 0.7975, 1.0]
+    )
+
+
+def test_vtc_serves_the_least_served_user(make_queue) -> None:
+    queue = make_queue(1.0, arrival_s=[0, 0, 0], user_served=[30.0, np.nan, 7.0])
+    assert order("vtc", queue) == [1, 2, 0]
+    assert registry.create("request", "vtc,prompt_weight=3,output_weight=4").served_weights == (3.0, 4.0)
+
+
+def test_svf_weighs_length_by_residence(make_queue) -> None:
+    queue = make_queue(1.0, arrival_s=[0, 0], prompt_tokens=[1000, 10], predicted_tokens=[10, 200])
+    assert registry.create("request", "svf").score(queue).tolist() == [10_055.0, 22_100.0]
+
+
+def test_noisy_lengths_are_lognormal_and_the_same_at_each_look(make_queue) -> None:
+    queue = make_queue(1.0, arrival_s=np.zeros(20_000), output_tokens=np.full(20_000, 8.0), index=np.arange(20_000))
+    policy = registry.create("request", "sjf_noisy,sigma=0.7")
+    errors = np.log(policy.score(queue) / 8.0)
+    assert abs(errors.mean()) < 0.02
+    assert errors.std() == pytest.approx(0.7, rel=0.02)
+    np.testing.assert_array_equal(policy.score(queue), policy.score(queue))
+    assert not np.array_equal(policy.score(queue), registry.create("request", "sjf_noisy,seed=1").score(queue))
