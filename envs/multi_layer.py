@@ -12,7 +12,8 @@ from pydantic import Field
 
 from servegym.baselines.placement_features import PLACEMENT_CONTEXT, PLACEMENT_FEATURES
 from servegym.baselines.policy_spec import PolicySpec
-from servegym.envs.engine_dispatch import EngineDispatchConfig, EngineDispatchEnv, Observation
+from servegym.envs.engine_dispatch import EngineDispatchConfig, EngineDispatchEnv
+from servegym.envs.episode import Observation
 from servegym.envs.expert_placement import CLUSTER, MENU
 from servegym.envs.placement_menu import PlacementMenu
 from servegym.envs.simulator.config import ClusterConfig
@@ -54,7 +55,7 @@ class MultiLayerEnv(EngineDispatchEnv):
     | `mask` | (max_engines + priorities + 1 + menu,) int8 | 1 where a part of the action is allowed |
 
     ## Rewards
-    As in `EngineDispatch-v0`: negated integrals since the last decision, less those of the reference where there is one.
+    As in `EngineDispatch-v0`.
 
     ## Starting State
     An empty cluster with the linear placement.
@@ -107,13 +108,12 @@ class MultiLayerEnv(EngineDispatchEnv):
 
     def step(self, action: Any) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
         """Send the pending request to an engine, with a priority, and name the placement rule."""
-        if self._run is None:
-            raise RuntimeError("call reset() before step()")
+        run = self._running()
         engine, priority, rule = (int(part) for part in action)
         if not self.action_space.contains(np.array([engine, priority, rule])):
             raise ValueError(f"got action {[engine, priority, rule]}; allowed: below {self.action_space.nvec.tolist()}")
-        pending = int(self._run.memory.cluster["pending"][0])
-        self._run.memory.requests["priority"][pending] = priority
+        pending = int(run.memory.cluster["pending"][0])
+        run.memory.requests["priority"][pending] = priority
         self._menu.chosen[0] = rule
         observation, reward, over, truncated, info = super().step(engine)
         info["action_mask"] = self._whole_mask()
@@ -127,8 +127,7 @@ class MultiLayerEnv(EngineDispatchEnv):
     def _observe(self) -> Observation:
         observation = super()._observe()
         # The groups' copies of the menu know what they saw last; of several groups the first stands for all.
-        assert self._run is not None
-        menu = self._run.expert_policies[0]
+        menu = self._running().expert_policies[0]
         assert isinstance(menu, PlacementMenu)
         observation["candidates"] = menu.features.astype(np.float32)
         observation["placement"] = menu.context.astype(np.float32)

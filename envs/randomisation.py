@@ -8,7 +8,9 @@ import numpy as np
 from pydantic import Field
 
 from servegym.configuration import Config
+from servegym.envs.profiles.profile import StepFactors
 from servegym.envs.simulator.config import ClusterConfig, Telemetry
+from servegym.envs.workloads.generation import LengthScale
 
 Number = Annotated[float, Field(gt=0)]
 Sampled = Number | tuple[Number, Number]
@@ -20,15 +22,20 @@ def draw(value: Sampled, rng: np.random.Generator) -> float:
     return float(rng.uniform(*value)) if isinstance(value, tuple) else float(value)
 
 
-class ClusterRandomisation(Config):
-    """Draws per episode; without a field the cluster's own value stays."""
+class Randomisation(Config):
+    """Draws per episode; without a field the cluster's or the workload's own value stays."""
 
     engines: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="numbers of engines to choose from"
     )
     slowdown: Sampled | None = Field(default=None, description="factor on step times, per engine: unequal hardware")
     step_time: Sampled | None = Field(default=None, description="factor on step times of the whole cluster")
+    step_terms: Sampled | None = Field(
+        default=None, description="factor on each term of the profile's step time, drawn apart: another hardware"
+    )
     telemetry_lag_s: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
+    prompt_scale: Sampled | None = Field(default=None, description="factor on the prompt tokens of all requests")
+    output_scale: Sampled | None = Field(default=None, description="factor on the output tokens of all requests")
 
     def draw(self, cluster: ClusterConfig, rng: np.random.Generator) -> ClusterConfig:
         """Return the cluster of one episode."""
@@ -39,12 +46,27 @@ class ClusterRandomisation(Config):
             lag = float(rng.uniform(*self.telemetry_lag_s))
             changes["telemetry"] = Telemetry(period_s=cluster.telemetry.period_s, lag_s=lag)
         drawn = cluster.model_copy(update=changes)
-        if self.slowdown is None and self.step_time is None:
+        if self.slowdown is None and self.step_time is None and self.step_terms is None:
             return drawn
         common = draw(self.step_time, rng) if self.step_time is not None else 1.0
+        terms = None
+        if self.step_terms is not None:
+            terms = StepFactors(**{name: draw(self.step_terms, rng) for name in StepFactors.model_fields})
         groups = []
         for group in drawn.all_groups:
+            factors = group.step_factors if terms is None else group.step_factors.times(terms)
+            group = group.model_copy(update={"slowdown": group.slowdown * common, "step_factors": factors})
+            if self.slowdown is None:
+                groups.append(group)
+                continue
             for _ in range(group.count):
-                own = draw(self.slowdown, rng) if self.slowdown is not None else 1.0
-                groups.append(group.model_copy(update={"count": 1, "slowdown": group.slowdown * common * own}))
+                slowdown = group.slowdown * draw(self.slowdown, rng)
+                groups.append(group.model_copy(update={"count": 1, "slowdown": slowdown}))
         return drawn.model_copy(update={"groups": tuple(groups)})
+
+    def draw_lengths(self, rng: np.random.Generator) -> LengthScale:
+        """Return the factors on prompt and output lengths of one episode."""
+        prompt, output = (
+            1.0 if value is None else draw(value, rng) for value in (self.prompt_scale, self.output_scale)
+        )
+        return LengthScale(prompt, output)

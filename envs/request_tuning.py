@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, SupportsFloat
 
-import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
@@ -15,19 +14,14 @@ from servegym.baselines.heuristic import compiled_form
 from servegym.baselines.interface import Q_COMPUTED_TOKENS, Q_PROMPT_TOKENS, Q_WAIT_S
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
-from servegym.configuration import Config, validate
-from servegym.envs.randomisation import ClusterRandomisation, Sampled, draw
-from servegym.envs.rendering import RENDER_MODES, check_mode, render
-from servegym.envs.request_ordering import CLUSTER, _metrics
-from servegym.envs.requests import RequestSource, WorkloadChoice
-from servegym.envs.rewards import PARTS, RewardConfig
+from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics
+from servegym.envs.request_ordering import CLUSTER
+from servegym.envs.requests import WorkloadChoice
 from servegym.envs.simulator.cluster import SimulatedCluster
 from servegym.envs.simulator.config import ClusterConfig
 from servegym.errors import InputError
 
-Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Observation = dict[str, npt.NDArray[Any]]
 
 QUEUE_SUMMARY = (
     "log_waiting",  # ln(1 + waiting requests)
@@ -43,14 +37,11 @@ QUEUE_SUMMARY = (
 _SPREAD = 30.0
 
 
-class RequestTuningConfig(Config):
+class RequestTuningConfig(EpisodeConfig):
     """Arguments of :class:`RequestTuningEnv`."""
 
     cluster: ClusterConfig = CLUSTER
     workload: WorkloadChoice = WorkloadChoice(name="azure-conv", load=0.95)
-    randomise: ClusterRandomisation = ClusterRandomisation()
-    load: Sampled | None = Field(default=None, description="load per episode, overrides the workload's")
-    episode_requests: Count = Field(default=1000, description="requests of an episode")
     interval_s: Positive = Field(default=0.1, description="time between two decisions")
     policy: PolicySpec = Field(
         default=PolicySpec(name="spf_aging"), description="request policy with numeric parameters and a compiled form"
@@ -58,13 +49,14 @@ class RequestTuningConfig(Config):
     ranges: dict[str, tuple[Positive, Positive]] = Field(
         default_factory=dict, description=f"bounds of a parameter; default: a factor of {_SPREAD:g} around its value"
     )
-    max_engines: Count | None = Field(default=None, description="rows of the observation; default: the largest cluster")
+    max_engines: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="rows of the observation; default: the largest cluster"
+    )
     engine_policy: PolicySpec = PolicySpec(name="round_robin")
     expert_policy: PolicySpec = PolicySpec(name="linear")
-    reward: RewardConfig = RewardConfig()
 
 
-class RequestTuningEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
+class RequestTuningEnv(ServingEnv[npt.NDArray[np.float32]]):
     """Set the parameters of the rule that orders the waiting queues, every ``interval_s`` seconds.
 
     ## Description
@@ -86,8 +78,8 @@ class RequestTuningEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
     | `mask` | (max_engines,) int8 | 1 for engines that are there |
 
     ## Rewards
-    The negated integrals of :mod:`servegym.envs.rewards` over the interval, weighted: the undiscounted return is minus
-    the weighted sum of TTFT, E2E and TPOT of the episode's requests, in seconds. `info["elapsed_s"]` is the interval.
+    As in `EngineDispatch-v0`, without a reference: the undiscounted return is minus the weighted sum over the episode's
+    requests. `info["elapsed_s"]` is the interval.
 
     ## Starting State
     An empty cluster at the first arrival's begin. `reset(seed=...)` draws the requests, and the cluster where it is
@@ -100,24 +92,19 @@ class RequestTuningEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
     `config`: a :class:`RequestTuningConfig`, or a mapping with its fields.
     """  # noqa: E501 - tables cannot be wrapped
 
-    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
+    config: RequestTuningConfig
+    _name = "RequestTuning-v0"
+    _config_class = RequestTuningConfig
 
     def __init__(
         self, config: RequestTuningConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None
     ) -> None:
-        check_mode("RequestTuning-v0", render_mode)
-        if not isinstance(config, RequestTuningConfig):
-            config = validate(RequestTuningConfig, config or {}, "RequestTuning-v0")
-        self.config = config
-        self.render_mode = render_mode
-        self._source = RequestSource(config.workload, config.cluster)
+        super().__init__(config, render_mode=render_mode)
+        config = self.config
         self._policy = create("request", config.policy)
         self._others = create("engine", config.engine_policy), create("expert", config.expert_policy)
         self.parameters, self._bounds = _tunable(config, self._policy)
-        sizes = config.randomise.engines or (config.cluster.size,)
-        self.max_engines = config.max_engines or max(sizes)
-        self._weights = config.reward.weights()
-        self._run: SimulatedCluster | None = None
+        self.max_engines = config.max_engines or config.largest_cluster
         count = len(self.parameters)
         self.action_space = spaces.Box(-1.0, 1.0, (count,), np.float32)
         self.observation_space: spaces.Dict = spaces.Dict(  # type: ignore[assignment]
@@ -138,41 +125,27 @@ class RequestTuningEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode; see the class."""
-        super().reset(seed=seed)
-        config, rng = self.config, self.np_random
-        run_seed = int(rng.integers(2**31))
-        cluster = config.randomise.draw(config.cluster, rng)
-        load = (options or {}).get("load")
-        if load is None and config.load is not None:
-            load = draw(config.load, rng)
-        table = self._source.table(run_seed, load=load, requests=config.episode_requests, cluster=cluster)
-        self._run = SimulatedCluster(cluster, table, self._policy, *self._others, seed=run_seed, tunable=True)
-        self._totals, self._now_s, self._arrived = np.zeros(3), 0.0, 0
+        cluster, table, run_seed = self._draw_episode(seed, options)
+        self._begin(SimulatedCluster(cluster, table, self._policy, *self._others, seed=run_seed, tunable=True))
+        self._arrived = 0
         self._action = np.zeros(len(self.parameters), dtype=np.float32)
         return self._observe(), {"seed": run_seed, "engines": cluster.size}
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
         """Set the parameters and run on for an interval."""
-        run = self._run
-        if run is None:
-            raise RuntimeError("call reset() before step()")
+        run = self._running()
         self._action = np.clip(np.asarray(action, dtype=np.float32), -1.0, 1.0)
         values = self.values(self._action)
         run.memory.request_params[:] = list(values.values())
-        before = self._now_s
-        alive = run.run_until(self._now_s + self.config.interval_s)
-        self._now_s = run.decided_s
-        gained, self._totals = run.totals - self._totals, run.totals.copy()
-        parts = -self._weights * gained
-        info: dict[str, Any] = {"elapsed_s": self._now_s - before, "parameters": values}
-        info["reward_parts"] = dict(zip(PARTS, parts.tolist(), strict=True))
+        alive = run.run_until(self._meter.now_s + self.config.interval_s)
+        parts, info = self._rewards()
+        info["parameters"] = values
         if not alive:
-            info["metrics"] = _metrics(run)
+            info["metrics"] = episode_metrics(run)
         return self._observe(), float(parts.sum()), not alive, False, info
 
     def _observe(self) -> Observation:
-        run = self._run
-        assert run is not None
+        run = self._running()
         engines = np.zeros((self.max_engines, len(QUEUE_SUMMARY)), dtype=np.float32)
         mask = np.zeros(self.max_engines, dtype=np.int8)
         for index, record in enumerate(run.memory.engines):
@@ -182,10 +155,6 @@ class RequestTuningEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         context = np.concatenate([[np.log1p(arrived - self._arrived)], self._action]).astype(np.float32)
         self._arrived = arrived
         return {"engines": engines, "context": context, "mask": mask}
-
-    def render(self) -> str | npt.NDArray[np.uint8] | None:
-        """Return queues, KV use and expert heat per engine: text, or a picture of shape (540, 960, 3)."""
-        return render(self._run, self.render_mode)
 
 
 def _tunable(config: RequestTuningConfig, policy: Any) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:

@@ -11,13 +11,14 @@ from pydantic import Field, model_validator
 from servegym.configuration import Config
 from servegym.envs.simulator.capacity import capacity_rps
 from servegym.envs.simulator.config import ClusterConfig, Telemetry
-from servegym.envs.workloads.generation import generate
+from servegym.envs.workloads.generation import LengthScale, generate
 from servegym.envs.workloads.table import RequestTable
 from servegym.envs.workloads.traces import TraceConfig
 from servegym.envs.workloads.workload import WorkloadConfig, load_workload
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+_REMEMBERED = 256
 
 
 class WorkloadChoice(Config):
@@ -72,7 +73,7 @@ class RequestSource:
         self.choice = choice
         self.cluster = cluster
         self.workload = choice.resolve()
-        self._capacities: dict[str, float] = {}
+        self._capacities: dict[tuple[str, LengthScale], float] = {}
         # Generated requests are shortened to fit; one of a trace that does not fit is an error of the simulation.
         limits = [spec.limits for spec in cluster.expand()]
         fits = min(min(limit.max_model_len, (limit.num_blocks - 1) * limit.block_size) for limit in limits)
@@ -86,6 +87,7 @@ class RequestSource:
         rate_rps: float | None = None,
         requests: int | None = None,
         cluster: ClusterConfig | None = None,
+        scale: LengthScale = LengthScale(),  # noqa: B008 - immutable
     ) -> RequestTable:
         """Draw the requests of one run.
 
@@ -95,19 +97,26 @@ class RequestSource:
             rate_rps: overrides the choice's rate, requests per second.
             requests: overrides the choice's number.
             cluster: overrides the cluster that the load refers to.
+            scale: factors on the lengths of a generated workload.
 
         Raises:
             InputError: a bad trace file, or no rate for a generated workload.
         """
         if load is None and rate_rps is None:
             load, rate_rps = self.choice.load, self.choice.rate_rps
-        rate = rate_rps if load is None else load * self.capacity_rps(cluster)
+        rate = rate_rps if load is None else load * self.capacity_rps(cluster, scale)
         count = requests or self.choice.requests
         if count is None and self.workload.trace is None:
             count = 10_000
-        return generate(self.workload, rate_rps=rate, requests=count, seed=seed, max_tokens=self._max_tokens)
+        return generate(
+            self.workload, rate_rps=rate, requests=count, seed=seed, max_tokens=self._max_tokens, scale=scale
+        )
 
-    def capacity_rps(self, cluster: ClusterConfig | None = None) -> float:
+    def capacity_rps(
+        self,
+        cluster: ClusterConfig | None = None,
+        scale: LengthScale = LengthScale(),  # noqa: B008 - immutable
+    ) -> float:
         """Requests per second that the cluster finishes when it is saturated with this workload.
 
         Independent engines add up, and one that is twice as slow finishes half as much, so that each kind of engine is
@@ -116,26 +125,30 @@ class RequestSource:
         cluster = cluster or self.cluster
         if cluster.mode == "lockstep":
             return self._measure(
-                cluster.model_copy(update={"telemetry": Telemetry(), "faults": (), "random_faults": ()})
+                cluster.model_copy(update={"telemetry": Telemetry(), "faults": (), "random_faults": ()}), scale
             )
         alone = {"engines": 1, "groups": (), "telemetry": Telemetry(), "faults": (), "random_faults": ()}
-        return sum(
-            group.count
-            / group.slowdown
-            * self._measure(cluster.model_copy(update=alone | {"profile": group.profile, "engine": group.engine}))
-            for group in cluster.all_groups
-        )
+        total = 0.0
+        for group in cluster.all_groups:
+            kind = {name: getattr(group, name) for name in ("profile", "engine", "step_factors")}
+            one = self._measure(cluster.model_copy(update=alone | kind), scale)
+            total += group.count / group.slowdown * one
+        return total
 
-    def _measure(self, cluster: ClusterConfig) -> float:
-        key = cluster.model_dump_json()
+    def _measure(self, cluster: ClusterConfig, scale: LengthScale) -> float:
+        key = cluster.model_dump_json(), scale
         if key not in self._capacities:
-            self._capacities[key] = capacity_rps(cluster, self._saturating)
+            if len(self._capacities) >= _REMEMBERED:  # clusters and lengths drawn anew for each episode do not return
+                self._capacities.clear()
+            self._capacities[key] = capacity_rps(cluster, lambda requests: self._saturating(requests, scale))
         return self._capacities[key]
 
-    def _saturating(self, requests: int) -> RequestTable:
+    def _saturating(self, requests: int, scale: LengthScale) -> RequestTable:
         """A fixed draw, all of it there from the start; of a trace it takes from all of its length."""
         if self.workload.trace is None:
-            table = generate(self.workload, rate_rps=1.0, requests=requests, seed=0, max_tokens=self._max_tokens)
+            table = generate(
+                self.workload, rate_rps=1.0, requests=requests, seed=0, max_tokens=self._max_tokens, scale=scale
+            )
         else:
             table = generate(self.workload)
             chosen = np.random.default_rng(0).permutation(len(table))[:requests]

@@ -1,38 +1,186 @@
-"""Exact rewards: integrals over time of what the objective counts, taken event by event.
+"""Exact rewards: integrals over time of what the objective counts, never sampled.
 
 The sum over requests of TTFT is the integral over time of the number of requests without first token, that of E2E the
 integral of the number of requests in flight, and that of TPOT the integral of ``1 / (output - 1)`` summed over decoding
 requests. The kernel extends these integrals at each change of a count, so that the undiscounted return of an episode
-equals the metric of its finished requests to rounding (BASELINES: Park's load-balancing environment does this for E2E).
+equals the metric of its finished requests to rounding (Park's load-balancing environment, NeurIPS 2019, does this for
+E2E). The other parts are functions of how long each request has waited for its first token, taken in closed form:
+``sum_i w_i max(0, min(t, first_i) - arrival_i - d_i)`` up to time ``t``, whose growth from one decision to the next is
+the reward.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from servegym.baselines.interface import FloatArray
+from servegym.compilation import compiled
 from servegym.configuration import Config
+from servegym.envs.simulator.cluster import SimulatedCluster
 
 Weight = Annotated[float, Field(ge=0)]
 
-PARTS = ("ttft", "e2e", "tpot")
+PARTS = ("ttft", "e2e", "tpot", "slowdown", "tardiness", "violations", "tail")
+_KERNEL_PARTS = 3
 
 
 class RewardConfig(Config):
-    """Weights of the parts of the reward; each part is the negated integral since the last decision, in seconds.
+    """Weights of the parts of the reward; each part is the negated growth of its sum since the last decision.
 
-    With a reference policy the reference's integral over the same span, on the same requests, is subtracted: a baseline
+    With a reference policy the reference's growth over the same span, on the same requests, is subtracted: a baseline
     that depends on the arrivals alone, which removes most of the variance and none of the gradient.
     """
 
     ttft: Weight = Field(default=1.0, description="weight of summed TTFT, per second")
     e2e: Weight = Field(default=0.0, description="weight of summed E2E latency, per second")
     tpot: Weight = Field(default=0.0, description="weight of summed TPOT, per second")
+    slowdown: Weight = Field(
+        default=0.0, description="weight of summed TTFT over that of the prompt alone on the fastest engine"
+    )
+    tardiness: Weight = Field(
+        default=0.0, description="weight of summed TTFT beyond the requests' deadlines, per second"
+    )
+    violations: Weight = Field(default=0.0, description="weight of a missed deadline, at the moment it is missed")
+    tail: Weight = Field(
+        default=0.0,
+        description="weight of summed TTFT beyond tail_s, over 1 - tail_quantile, per second: CVaR of TTFT where tail_s"
+        " is its quantile",
+    )
+    tail_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    tail_s: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="where the tail begins; default: at the quantile of the reference's TTFT"
+    )
     scale_s: Annotated[float, Field(gt=0)] = Field(default=1.0, description="seconds that make a reward of one")
 
-    def weights(self) -> npt.NDArray[np.float64]:
-        """Return the weights in the order of :data:`PARTS`, divided by the scale. Shape (3,)."""
-        return np.array([self.ttft, self.e2e, self.tpot]) / self.scale_s
+    @model_validator(mode="after")
+    def _something_counts(self) -> Self:
+        if not self.weights().any():
+            raise ValueError(f"a weight above 0 for one of {', '.join(PARTS)}")
+        return self
+
+    def weights(self) -> FloatArray:
+        """Return the weights in the order of :data:`PARTS`, divided by the scale. Shape (parts,)."""
+        return np.array([getattr(self, part) for part in PARTS]) / self.scale_s
+
+
+class RewardMeter:
+    """Takes the rewards of one episode from its run, part by part.
+
+    Args:
+        config: the weights.
+        run: the episode's run, at its start. What happens before the first decision enters the first reward, so that
+            the undiscounted return is the metric.
+        reference: a finished run of another policy on the same requests, with recorded totals (open-loop tables only).
+
+    Attributes:
+        now_s: time up to which rewards were taken.
+    """
+
+    def __init__(self, config: RewardConfig, run: SimulatedCluster, reference: SimulatedCluster | None = None) -> None:
+        self.now_s = 0.0
+        self._run = run
+        self._weights = config.weights()
+        self._seen = np.zeros(len(PARTS))
+        self._waiting = None
+        self._reference = None
+        if self._weights[_KERNEL_PARTS:].any():
+            self._waiting = _Waiting.of(config, run, reference)
+        if reference is not None:
+            self._reference = reference.memory
+            self._reference_sums = np.vstack([reference.memory.totals, reference.totals])
+            self._reference_seen = np.zeros(len(PARTS))
+
+    def take(self, row: int | None = None) -> FloatArray:
+        """Return the weighted parts since the last call, shape (parts,).
+
+        Args:
+            row: with a reference, the request whose arrival the pending decision is; None at the end of the episode.
+        """
+        self.now_s = max(self._run.decided_s, self.now_s)
+        sums = self._sums(self._run.totals, self._run.memory.requests, self.now_s)
+        gained = sums - self._seen
+        self._seen = sums
+        if self._reference is not None:
+            requests = self._reference.requests
+            until = np.inf if row is None else float(requests["arrival_s"][row])
+            sums = self._sums(self._reference_sums[-1 if row is None else row], requests, until)
+            gained -= sums - self._reference_seen
+            self._reference_seen = sums
+        return np.asarray(-self._weights * gained)
+
+    def _sums(self, kernel: FloatArray, requests: npt.NDArray[Any], until_s: float) -> FloatArray:
+        sums = np.zeros(len(PARTS))
+        sums[:_KERNEL_PARTS] = kernel
+        if self._waiting is not None:
+            sums[_KERNEL_PARTS:] = self._waiting.sums(requests, until_s)
+        return sums
+
+
+class _Waiting:
+    """The parts that depend on how long each request has waited for its first token.
+
+    Args:
+        weights: of the waits beyond the thresholds, of their number for violations, shape (4, requests).
+        thresholds: waits that are free, seconds, same shape.
+        parent: the turn before each, -1 for none, shape (requests,).
+    """
+
+    def __init__(self, weights: FloatArray, thresholds: FloatArray, parent: npt.NDArray[np.int32]) -> None:
+        self._weights = weights
+        self._thresholds = thresholds
+        self._parent = parent
+
+    @classmethod
+    def of(cls, config: RewardConfig, run: SimulatedCluster, reference: SimulatedCluster | None) -> _Waiting:
+        engines, table = run.memory.engines, run.table
+        alone = table.prompt_tokens / engines["prefill_tokens_per_s"].max() + engines["decode_step_s"].min()
+        tail_s = config.tail_s
+        if tail_s is None:
+            tail_s = np.inf
+            if reference is not None:
+                requests = reference.memory.requests
+                tail_s = float(np.nanquantile(requests["first_s"] - requests["arrival_s"], config.tail_quantile))
+        one = np.ones(len(table))
+        weights = np.stack([1.0 / alone, one, one, one / (1.0 - config.tail_quantile)])
+        thresholds = np.stack([0.0 * one, table.deadline_s, table.deadline_s, tail_s * one])
+        return cls(weights, thresholds, table.parent)
+
+    def sums(self, requests: npt.NDArray[Any], until_s: float) -> FloatArray:
+        """Return the sums up to a time, shape (4,)."""
+        sums = np.zeros(4)
+        _add_waits(
+            requests["arrival_s"],
+            requests["first_s"],
+            requests["finish_s"],
+            self._parent,
+            self._weights,
+            self._thresholds,
+            until_s,
+            sums,
+        )
+        return sums
+
+
+@compiled
+def _add_waits(
+    arrival: FloatArray,
+    first: FloatArray,
+    finish: FloatArray,
+    parent: npt.NDArray[np.int32],
+    weights: FloatArray,
+    thresholds: FloatArray,
+    until: float,
+    out: FloatArray,
+) -> None:
+    for i in range(len(arrival)):
+        if arrival[i] > until or (parent[i] >= 0 and np.isnan(finish[parent[i]])):
+            continue
+        end = until if np.isnan(first[i]) else min(first[i], until)
+        for k in range(4):
+            late = end - arrival[i] - thresholds[k, i]
+            if late > 0.0:
+                out[k] += weights[k, i] * (1.0 if k == 2 else late)

@@ -9,6 +9,7 @@ import pytest
 from pydantic import Field
 
 from servegym.configuration import Config, apply_overrides, find_config, load_config, load_mapping, validate
+from servegym.envs.workloads.workload import WorkloadConfig
 from servegym.errors import InputError
 
 
@@ -44,6 +45,18 @@ def test_violations(content: dict[str, Any], expected: str) -> None:
     with pytest.raises(InputError) as caught:
         validate(Outer, content, "f.yaml")
     assert str(caught.value) == expected
+
+
+def test_a_choice_among_kinds_names_the_key_that_chooses() -> None:
+    content = {"name": "w", "description": "d", "source": "s", "prompt_tokens": {"kind": "fixed", "value": 5}}
+    content |= {"output_tokens": {"kind": "fixed", "value": 5}}
+    for arrivals, line in (
+        ({"rate": 5}, "f.yaml: arrivals.process: missing; this field is required"),
+        ({"process": "poison"}, "f.yaml: arrivals.process: got 'poison'; allowed: 'constant', 'poisson', 'gamma'"),
+    ):
+        with pytest.raises(InputError) as caught:
+            validate(WorkloadConfig, content | {"arrivals": arrivals}, "f.yaml")
+        assert str(caught.value).startswith(line)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

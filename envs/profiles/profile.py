@@ -70,6 +70,10 @@ class TokenCurve(Config):
         cost = np.where(tokens > right, high + slope * (tokens - right), cost)
         return np.asarray(np.where(tokens <= 0, 0.0, np.maximum(cost, 0.0)))
 
+    def scaled(self, factor: float) -> TokenCurve:
+        """Return the curve with all costs multiplied."""
+        return self.model_copy(update={"us": tuple(cost * factor for cost in self.us)})
+
 
 class StepTime(Config):
     """Duration of one engine step, in microseconds, for a batch of prefill chunks and decoding sequences.
@@ -94,6 +98,20 @@ class StepTime(Config):
     communication_us: TokenCurve | None = Field(default=None, description="all-to-all and all-reduce")
     prefill_pair_us: NonNegative = Field(description="per query-key pair of prefill attention")
     decode_context_us: NonNegative = Field(description="per context token of a decoding sequence")
+
+
+class StepFactors(Config):
+    """Factors on the terms of a step time, to ask what a part of the hardware contributes."""
+
+    fixed: Positive = 1.0
+    dense: Positive = 1.0
+    moe: Positive = 1.0
+    communication: Positive = 1.0
+    attention: Positive = Field(default=1.0, description="of prefill and of decode")
+
+    def times(self, other: StepFactors) -> StepFactors:
+        """Return the products, term by term."""
+        return StepFactors(**{name: getattr(self, name) * getattr(other, name) for name in type(self).model_fields})
 
 
 class EngineLimits(Config):
@@ -150,6 +168,29 @@ class Profile(Config):
     experts: ExpertShape | None = Field(
         default=None, description="For the expert model: sizes, and costs per layer that depend on the placement."
     )
+
+    def scaled(self, factors: StepFactors) -> Profile:
+        """Return the profile with each term of its costs multiplied."""
+        if factors == StepFactors():
+            return self
+        time, experts = self.step_time, self.experts
+        terms = {
+            "fixed_us": time.fixed_us * factors.fixed,
+            "per_sequence_us": time.per_sequence_us * factors.fixed,
+            "dense_us": time.dense_us.scaled(factors.dense),
+            "moe_us": time.moe_us and time.moe_us.scaled(factors.moe),
+            "communication_us": time.communication_us and time.communication_us.scaled(factors.communication),
+            "prefill_pair_us": time.prefill_pair_us * factors.attention,
+            "decode_context_us": time.decode_context_us * factors.attention,
+        }
+        if experts is not None:
+            costs = {
+                "expert_us": experts.expert_us * factors.moe,
+                "link_gb_s": experts.link_gb_s / factors.communication,
+                "link_latency_us": experts.link_latency_us * factors.communication,
+            }
+            experts = experts.model_copy(update=costs)
+        return self.model_copy(update={"step_time": time.model_copy(update=terms), "experts": experts})
 
     def compile(self, max_tokens: int | None = None) -> StepCost:
         """Tabulate the cost for the simulator.

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from servegym.baselines.prefix_index import PrefixIndexConfig
 from servegym.configuration import Config, validate
-from servegym.envs.profiles.profile import EngineLimits, Profile, load_profile
+from servegym.envs.profiles.profile import EngineLimits, Profile, StepFactors, load_profile
 from servegym.envs.simulator.experts.config import ExpertsConfig
 
 Positive = Annotated[float, Field(gt=0)]
@@ -90,6 +90,7 @@ class EngineGroup(Config):
     profile: str
     engine: dict[str, Any] = Field(default_factory=dict, description="overrides of the profile's engine limits")
     slowdown: Positive = Field(default=1.0, description="factor on step times")
+    step_factors: StepFactors = Field(default=StepFactors(), description="factors on the terms of the step time")
 
 
 class ClusterConfig(Config):
@@ -98,6 +99,7 @@ class ClusterConfig(Config):
     engines: Annotated[int, Field(ge=1)] = 4
     profile: str = "qwen3-30b-a3b-h200"
     engine: dict[str, Any] = Field(default_factory=dict, description="overrides of the profile's engine limits")
+    step_factors: StepFactors = Field(default=StepFactors(), description="factors on the terms of the step time")
     groups: tuple[EngineGroup, ...] = ()
     mode: Literal["independent", "lockstep"] = Field(
         default="independent",
@@ -134,8 +136,9 @@ class ClusterConfig(Config):
 
     @property
     def all_groups(self) -> tuple[EngineGroup, ...]:
-        """The groups, or the one that ``engines``, ``profile`` and ``engine`` describe."""
-        return self.groups or (EngineGroup(count=self.engines, profile=self.profile, engine=self.engine),)
+        """The groups, or the one that the cluster's own fields describe."""
+        own = {"count": self.engines} | {name: getattr(self, name) for name in ("profile", "engine", "step_factors")}
+        return self.groups or (EngineGroup(**own),)
 
     def expand(self, source: str = "cluster") -> list[EngineSpec]:
         """Resolve profiles and overrides to one entry per engine.
@@ -145,7 +148,7 @@ class ClusterConfig(Config):
         """
         specs = []
         for group in self.all_groups:
-            profile = load_profile(group.profile)
+            profile = load_profile(group.profile).scaled(group.step_factors)
             if self.moe_imbalance is not None:
                 step_time = profile.step_time.model_copy(update={"moe_imbalance": self.moe_imbalance})
                 profile = profile.model_copy(update={"step_time": step_time})

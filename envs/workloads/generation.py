@@ -37,6 +37,19 @@ _SOURCES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class LengthScale:
+    """Factors on the lengths of generated requests, rounded to whole tokens, 1 at least.
+
+    Attributes:
+        prompt: factor on the tokens that each turn adds; a template's part of a prompt stays.
+        output: factor on the output tokens.
+    """
+
+    prompt: float = 1.0
+    output: float = 1.0
+
+
 def generate(
     config: WorkloadConfig,
     *,
@@ -45,6 +58,7 @@ def generate(
     duration_s: float | None = None,
     seed: int = 0,
     max_tokens: int | None = None,
+    scale: LengthScale | None = None,
 ) -> RequestTable:
     """Draw the requests of one run.
 
@@ -65,28 +79,31 @@ def generate(
         max_tokens: prompt + output of a request, at most: a longer request is shortened
             (:func:`.sessions.fit`), a longer turn ends its session or compacts it, a longer request of a trace is left
             out.
+        scale: factors on the lengths; not for a trace.
 
     Raises:
         InputError: neither ``requests`` nor ``duration_s``, a rate that is not positive, or no request at all.
     """
     _check_arguments(config, rate_rps, requests, duration_s, max_tokens)
     max_tokens = min((limit for limit in (config.max_tokens, max_tokens) if limit is not None), default=None)
-    streams = _Streams(seed)
+    streams, scale = _Streams(seed), scale or LengthScale()
     if config.trace is not None:
+        if scale != LengthScale():
+            raise InputError(config.name, "scale", f"got {scale.prompt:g}, {scale.output:g}; allowed beside a trace: 1")
         return _from_trace(config, streams, rate_rps, requests, duration_s, max_tokens)
     assert config.arrivals is not None
     assert rate_rps is not None
     if config.sessions is not None:
         span_s = min(requests / rate_rps if requests else math.inf, duration_s or math.inf)
         count = max(1, round(rate_rps * span_s))
-        drawn = _draw_turns(config, streams, count, max_tokens)
+        drawn = _draw_turns(config, streams, count, max_tokens, scale)
         sessions = int(drawn.session[-1]) + 1
         roots = config.arrivals.sample_within(span_s, sessions, streams["arrivals"])
         return _window(drawn, roots, span_s)
     arrival = config.arrivals.sample(rate_rps, streams["arrivals"], count=requests, duration_s=duration_s)
     if not len(arrival):
         raise InputError(config.name, "duration_s", f"got {duration_s}, in which no request arrives; allowed: longer")
-    drawn = _draw(config, streams, np.ones(len(arrival), dtype=np.int32), max_tokens)
+    drawn = _draw(config, streams, np.ones(len(arrival), dtype=np.int32), max_tokens, scale)
     return RequestTable.build(arrival, **drawn.columns)
 
 
@@ -123,7 +140,9 @@ class _Drawn:
         return _Drawn(self.session[:count], self.fresh[:count], self.think_s[:count], columns)
 
 
-def _draw(config: WorkloadConfig, streams: _Streams, turns: Int32, max_tokens: int | None) -> _Drawn:
+def _draw(
+    config: WorkloadConfig, streams: _Streams, turns: Int32, max_tokens: int | None, scale: LengthScale
+) -> _Drawn:
     """Draw everything but arrival times for sessions of so many turns each."""
     assert config.prompt_tokens is not None
     assert config.output_tokens is not None
@@ -137,12 +156,13 @@ def _draw(config: WorkloadConfig, streams: _Streams, turns: Int32, max_tokens: i
     new_tokens = np.zeros(total, dtype=np.int32)
     think_s, compact = np.zeros(total), np.full(total, -1, dtype=np.int32)
     if config.sessions is not None:
-        new_tokens = sample_whole(config.sessions.append_tokens, streams["append"], total)
+        new_tokens = _scaled(sample_whole(config.sessions.append_tokens, streams["append"], total), scale.prompt)
         think_s = np.where(turn > 0, config.sessions.think_s.sample(streams["think"], total), 0.0)
         if config.sessions.compact_tokens is not None:
             compact = sample_whole(config.sessions.compact_tokens, streams["compact"], total)
-    new_tokens[starts] = sample_whole(config.prompt_tokens, streams["prompt"], sessions) + added
-    output = sample_whole(config.output_tokens, streams["output"], total)
+    opening = _scaled(sample_whole(config.prompt_tokens, streams["prompt"], sessions), scale.prompt)
+    new_tokens[starts] = opening + added
+    output = _scaled(sample_whole(config.output_tokens, streams["output"], total), scale.output)
     plan = Turns(session, turn, new_tokens, output, think_s, template_tokens[session], compact)
     talk = converse(plan, max_tokens)
     columns: Columns = {
@@ -157,6 +177,12 @@ def _draw(config: WorkloadConfig, streams: _Streams, turns: Int32, max_tokens: i
     return _Drawn(
         session[kept], talk.fresh[kept], think_s[kept], {name: value[kept] for name, value in columns.items()}
     )
+
+
+def _scaled(tokens: Int32, factor: float) -> Int32:
+    if factor == 1.0:
+        return tokens
+    return np.asarray(np.maximum(np.rint(tokens * factor), np.minimum(tokens, 1)), dtype=np.int32)
 
 
 def _promises(
@@ -176,13 +202,17 @@ def _promises(
     return columns
 
 
-def _draw_turns(config: WorkloadConfig, streams: _Streams, count: int, max_tokens: int | None) -> _Drawn:
+def _draw_turns(
+    config: WorkloadConfig, streams: _Streams, count: int, max_tokens: int | None, scale: LengthScale
+) -> _Drawn:
     """Draw the first ``count`` turns of an endless sequence of sessions."""
     assert config.sessions is not None
     typical = sample_whole(config.sessions.turns, streams["turns"], 1000).mean()
     sessions = math.ceil(1.1 * count / typical) + 4
     while True:
-        drawn = _draw(config, streams, sample_whole(config.sessions.turns, streams["turns"], sessions), max_tokens)
+        drawn = _draw(
+            config, streams, sample_whole(config.sessions.turns, streams["turns"], sessions), max_tokens, scale
+        )
         if len(drawn.session) >= count:
             return drawn.first(count)
         # Sessions ended early by the context length; each has at least one turn.

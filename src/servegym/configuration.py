@@ -137,6 +137,12 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> Inpu
         return InputError(source, field, f"unknown key; {nearest(location[-1], known)}" if known else "unknown key")
     if kind == "missing":
         return InputError(source, field, "missing; this field is required")
+    if kind == "union_tag_not_found":
+        tag = first["ctx"]["discriminator"].strip("'")
+        return InputError(source, f"{field}.{tag}", "missing; this field is required")
+    if kind == "union_tag_invalid":
+        tag, expected = first["ctx"]["discriminator"].strip("'"), first["ctx"]["expected_tags"]
+        return InputError(source, f"{field}.{tag}", f"got {first['ctx']['tag']!r}; allowed: {expected}")
     message = str(first["msg"]).removeprefix("Value error, ")
     message = message.removeprefix("Input should be ")
     if isinstance(value, float) and not math.isfinite(value):

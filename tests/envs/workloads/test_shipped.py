@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -206,15 +205,6 @@ def test_reasoning_lengths_against_servegen(data_folder: Path) -> None:
     table = draw("reasoning")
     assert ks_2samp(drawn.prompt_tokens, table.prompt_tokens).statistic < 0.03
     assert ks_2samp(drawn.output_tokens, table.output_tokens).statistic < 0.03
-
-
-@pytest.mark.data
-def test_loading_is_fast(data_folder: Path) -> None:
-    config = TraceConfig(path=data_folder / "traces" / "azure2023_conv.csv.gz")
-    load_trace(config)
-    start = time.perf_counter()
-    load_trace(config)
-    assert time.perf_counter() - start < 0.2
 
 
 @pytest.mark.data

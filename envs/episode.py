@@ -1,0 +1,121 @@
+"""What all environments share: where an episode's cluster and requests come from, its rewards and its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, cast
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from servegym.baselines.interface import FloatArray
+from servegym.configuration import Config, validate
+from servegym.envs.randomisation import Randomisation, Sampled, draw
+from servegym.envs.rendering import RENDER_MODES, check_mode, render
+from servegym.envs.requests import RequestSource, WorkloadChoice
+from servegym.envs.rewards import PARTS, RewardConfig, RewardMeter
+from servegym.envs.simulator.cluster import SimulatedCluster
+from servegym.envs.simulator.config import ClusterConfig
+from servegym.envs.simulator.metrics import RunOutcome
+from servegym.envs.workloads.table import RequestTable
+
+Observation = dict[str, npt.NDArray[Any]]
+ActionT = TypeVar("ActionT")
+
+
+class EpisodeConfig(Config):
+    """Arguments that all environments take."""
+
+    cluster: ClusterConfig = ClusterConfig()
+    workload: WorkloadChoice = WorkloadChoice(name="azure-conv", load=0.8)
+    randomise: Randomisation = Randomisation()
+    load: Sampled | None = Field(default=None, description="load per episode, overrides the workload's")
+    episode_requests: Annotated[int, Field(ge=1)] = Field(default=1000, description="requests of an episode")
+    random_end: bool = Field(default=False, description="geometric number of requests with that mean, a memoryless end")
+    reward: RewardConfig = RewardConfig()
+
+    @model_validator(mode="after")
+    def _the_tail_begins_somewhere(self) -> Self:
+        if self.reward.tail and self.reward.tail_s is None and getattr(self, "reference", None) is None:
+            raise ValueError("reward.tail_s, or a reference policy whose quantile it is")
+        return self
+
+    @property
+    def largest_cluster(self) -> int:
+        """Most engines of an episode."""
+        return max(self.randomise.engines or (self.cluster.size,))
+
+
+class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
+    """Base of the environments: one episode is one run of the simulator."""
+
+    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
+    config: EpisodeConfig
+    _name: ClassVar[str]
+    _config_class: ClassVar[type[EpisodeConfig]]
+
+    def __init__(self, config: EpisodeConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None):
+        check_mode(self._name, render_mode)
+        if not isinstance(config, self._config_class):
+            config = validate(self._config_class, cast(Mapping[str, Any], config or {}), self._name)
+        self.config = config
+        self.render_mode = render_mode
+        self._source = RequestSource(config.workload, config.cluster)
+        self._run: SimulatedCluster | None = None
+
+    def _draw_episode(
+        self, seed: int | None, options: Mapping[str, Any] | None
+    ) -> tuple[ClusterConfig, RequestTable, int]:
+        """Seed the environment and draw the cluster, the requests and the run's seed of the next episode."""
+        super().reset(seed=seed)
+        config, rng = self.config, self.np_random
+        run_seed = int(rng.integers(2**31))
+        cluster = config.randomise.draw(config.cluster, rng)
+        scale = config.randomise.draw_lengths(rng)
+        load = (options or {}).get("load")
+        if load is None and config.load is not None:
+            load = draw(config.load, rng)
+        count = config.episode_requests
+        if config.random_end:
+            count = int(rng.geometric(1.0 / count))
+        table = self._source.table(run_seed, load=load, requests=count, cluster=cluster, scale=scale)
+        return cluster, table, run_seed
+
+    def _begin(self, run: SimulatedCluster, reference: SimulatedCluster | None = None) -> None:
+        """Make a run the episode's."""
+        self._run = run
+        self._meter = RewardMeter(self.config.reward, run, reference)
+
+    def _running(self) -> SimulatedCluster:
+        """Return the episode's run.
+
+        Raises:
+            RuntimeError: there is none yet.
+        """
+        if self._run is None:
+            raise RuntimeError("call reset() before step()")
+        return self._run
+
+    def _rewards(self, row: int | None = None) -> tuple[FloatArray, dict[str, Any]]:
+        """Take the rewards since the last call; returns the parts, and what ``info`` says of the step."""
+        before = self._meter.now_s
+        parts = self._meter.take(row)
+        named = {part: value for part, value in zip(PARTS, parts.tolist(), strict=True) if value}
+        return parts, {"elapsed_s": self._meter.now_s - before, "reward_parts": named}
+
+    def render(self) -> str | npt.NDArray[np.uint8] | None:
+        """Return queues, KV use and expert heat per engine: text, or a picture of shape (540, 960, 3)."""
+        return render(self._run, self.render_mode)
+
+
+def episode_metrics(run: SimulatedCluster) -> dict[str, Any]:
+    """Return what an episode came to: means in seconds, counts, and the share of requests of each engine."""
+    outcome = RunOutcome.of(run)
+    share = np.bincount(outcome.engine[outcome.engine >= 0], minlength=run.config.size) / len(outcome.engine)
+    metrics = outcome.metrics()
+    found = {name: metrics[name]["mean"] for name in ("ttft_s", "tpot_s", "e2e_s")}
+    found |= {"ttft_p99_s": metrics["ttft_s"]["p99"]}
+    found |= {name: metrics[name] for name in ("throughput_rps", "requests", "preemptions")}
+    return found | {"engine_share": share.tolist()}
