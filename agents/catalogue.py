@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import inspect
+import re
 from typing import Any
 
+from pydantic.fields import FieldInfo
+from rich.console import Group, RenderableType
+from rich.markdown import Markdown
 from rich.table import Table
 
+import servegym
+from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import LAYERS, describe
 from servegym.configuration import Config, load_mapping, shipped_configs
+from servegym.errors import InputError, nearest
 
 _CONFIG_KINDS = ("simulate", "train", "evaluate")
 
@@ -34,24 +43,46 @@ def catalogue() -> dict[str, Any]:
 
 
 def _environments() -> list[dict[str, Any]]:
-    from servegym.envs.engine_dispatch import EngineDispatchConfig, EngineDispatchEnv
-
-    return [
-        {
-            "name": "servegym/EngineDispatch-v0",
-            "explanation": _first_line(EngineDispatchEnv),
-            "parameters": _parameters(EngineDispatchConfig),
-            "source": "",
-        }
-    ]
+    entries = []
+    for name, entry_point in servegym.ENVIRONMENTS.items():
+        module, _, attribute = entry_point.partition(":")
+        environment = getattr(importlib.import_module(module), attribute)
+        explanation, _, page = (inspect.getdoc(environment) or "").partition("\n")
+        entries.append(
+            {
+                "name": name,
+                "explanation": explanation,
+                "page": page.strip(),
+                "parameters": _parameters(environment._config_class),
+                "features": {
+                    key: [dataclasses.asdict(feature) for feature in features]
+                    for key, features in environment.features.items()
+                },
+                "source": "",
+            }
+        )
+    return entries
 
 
 def _parameters(model: type[Config]) -> list[dict[str, Any]]:
-    return [{"name": name, "meaning": info.description or ""} for name, info in model.model_fields.items()]
+    return [
+        {"name": name, "default": _plain(info), "meaning": info.description or _first_line(info.annotation)}
+        for name, info in model.model_fields.items()
+    ]
 
 
-def _first_line(item: object) -> str:
-    return (inspect.getdoc(item) or "").partition("\n")[0]
+def _plain(info: FieldInfo) -> str | int | float | None:
+    """The default, where it can be said in a word; a policy by its name."""
+    default = info.get_default(call_default_factory=True)
+    if isinstance(default, PolicySpec):
+        return str(default)
+    return default if isinstance(default, str | int | float) else None
+
+
+def _first_line(annotation: Any) -> str:
+    """What a field is, by its class, where it has no description of its own."""
+    known = isinstance(annotation, type) and issubclass(annotation, Config)
+    return (inspect.getdoc(annotation) or "").partition("\n")[0] if known else ""
 
 
 def _described(name: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -72,10 +103,10 @@ def tables(content: dict[str, Any]) -> list[Table]:
     """Return the catalogue as tables."""
     found = []
     for layer, policies in content["policies"].items():
-        table = Table("name", "explanation", "parameters", title=f"{layer} policies", title_justify="left")
+        table = Table("name", "explanation", "parameters", "source", title=f"{layer} policies", title_justify="left")
         for entry in policies:
             parameters = ", ".join(f"{item['name']}={item['default']}" for item in entry["parameters"])
-            table.add_row(entry["name"], entry["explanation"], parameters)
+            table.add_row(entry["name"], entry["explanation"], parameters, entry["source"])
         found.append(table)
     for kind in ("environments", "workloads", "profiles", "configs"):
         table = Table("name", "explanation", title=kind, title_justify="left")
@@ -84,3 +115,58 @@ def tables(content: dict[str, Any]) -> list[Table]:
             table.add_row(name, entry["explanation"])
         found.append(table)
     return found
+
+
+def page(content: dict[str, Any], name: str) -> RenderableType:
+    """Return all that is known of one entry: formula or description, parameters, source.
+
+    Args:
+        content: the catalogue.
+        name: an entry's name, an environment's also without ``servegym/``; a layer in front (``engine=random``) where
+            several layers have the name.
+
+    Raises:
+        InputError: no entry, or several, have the name.
+    """
+    layer, _, bare = name.rpartition("=")
+    found = []
+    for kind, entries in {**content["policies"], **content}.items():
+        if kind != "policies" and layer in ("", kind):
+            found += [(kind, entry) for entry in entries if entry["name"].removeprefix("servegym/") == bare]
+    if not found:
+        known = [entry["name"].removeprefix("servegym/") for entry in _entries(content)]
+        raise InputError("list", name, f"unknown name; {nearest(bare, known)}")
+    if len(found) > 1:
+        raise InputError("list", name, f"several; allowed: {', '.join(f'{kind}={bare}' for kind, _ in found)}")
+    return _page(*found[0])
+
+
+def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
+    policies = [entry for entries in content["policies"].values() for entry in entries]
+    return policies + [entry for kind, entries in content.items() if kind != "policies" for entry in entries]
+
+
+def _page(kind: str, entry: dict[str, Any]) -> RenderableType:
+    layer = f"{kind} policy" if kind in LAYERS else kind.removesuffix("s")
+    parts: list[RenderableType] = [Markdown(f"# {entry['name']}\n*{layer}*\n\n{_markdown(entry['explanation'])}")]
+    text = entry.get("formula") or entry.get("page") or ""
+    if text:
+        parts.append(Markdown(_markdown(text)))
+    if entry["parameters"]:
+        table = Table("parameter", "default", "meaning", title="")
+        for item in entry["parameters"]:
+            table.add_row(item["name"], "" if item["default"] is None else str(item["default"]), item["meaning"])
+        parts.append(table)
+    for key, features in entry.get("features", {}).items():
+        table = Table("#", f"feature of {key}", "meaning", "range")
+        for number, feature in enumerate(features):
+            table.add_row(str(number), feature["name"], feature["meaning"], f"{feature['low']:g} … {feature['high']:g}")
+        parts.append(table)
+    if entry["source"]:
+        parts.append(f"source: {entry['source']}")
+    return Group(*parts)
+
+
+def _markdown(text: str) -> str:
+    """Docstrings mark code by two backticks; Markdown would keep a line break in it."""
+    return re.sub(r":(?:class|mod|func):`~?([^`]*)`", r"`\1`", text.replace("``", "`"))

@@ -83,15 +83,23 @@ def _finite(value: Any) -> Any:
 
 
 @app.command("list")
-def list_command(as_json: Json = False) -> None:
-    """Show policies, environments, workloads, profiles and configs."""
-    from servegym.agents.catalogue import catalogue, tables
+def list_command(
+    name: Annotated[
+        str | None, typer.Argument(help="Everything about one of them: gimbal2, EngineDispatch-v0, engine=random.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show policies, environments, workloads, profiles and configs, or all about one of them."""
+    from servegym.agents.catalogue import catalogue, page, tables
 
     content = catalogue()
     if as_json:
         _print_json(content)
         return
     console = _console()
+    if name is not None:
+        console.print(page(content, name))
+        return
     for table in tables(content):
         console.print(table)
 

@@ -51,45 +51,56 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """Name and meaning of one feature."""
+    """Name, meaning and range of one feature.
+
+    Attributes:
+        name: identity in bundles.
+        meaning: formula and units.
+        low: least value; rows of absent candidates are 0.
+        high: largest value.
+    """
 
     name: str
     meaning: str
+    low: float = 0.0
+    high: float = math.inf
 
 
 ENGINE_FEATURES: tuple[Feature, ...] = (
-    Feature("log_prefill_work", "ln of prefill tokens ahead of and in this request, uncached, in 1,000 tokens"),
-    Feature("log_batch", "ln(1 + requests in flight), minus ln 32"),
+    Feature(
+        "log_prefill_work", "ln of uncached prefill tokens ahead of and in this request, in 1,000 tokens", low=-7.0
+    ),
+    Feature("log_batch", "ln(1 + requests in flight), minus ln 32", low=-4.0),
     Feature("log_prefill_queue", "ln(1 + outstanding prefill tokens / 1,000)"),
     Feature("log_prefill_requests", "ln(1 + requests without first token)"),
     Feature("log_waiting", "ln(1 + waiting requests), telemetry"),
-    Feature("log_running", "ln(1 + running requests), telemetry, minus ln 32"),
+    Feature("log_running", "ln(1 + running requests), telemetry, minus ln 32", low=-4.0),
     Feature("log_dispatched_since", "ln(1 + requests sent since the telemetry snapshot)"),
-    Feature("kv_usage", "share of KV blocks in use, telemetry"),
+    Feature("kv_usage", "share of KV blocks in use, telemetry", high=1.0),
     Feature("telemetry_age", "ln(1 + age of the telemetry / 0.1 s)"),
-    Feature("hit_share", "share of the prompt believed cached there"),
-    Feature("user_home", "1 at the engine that served this user last"),
-    Feature("session_home", "1 at the engine that served this session last"),
+    Feature("hit_share", "share of the prompt believed cached there", high=1.0),
+    Feature("user_home", "1 at the engine that served this user last", high=1.0),
+    Feature("session_home", "1 at the engine that served this session last", high=1.0),
     Feature("ttft", "ln(1 + moving average of TTFT / 0.1 s)"),
     Feature("itl", "ln(1 + moving average of ITL / 10 ms)"),
     Feature("batch_share", "requests in flight / max_num_seqs"),
     Feature("prompt_share", "prompt tokens in flight / KV capacity"),
     Feature("prefill_time", "ln(1 + prefill work / calibrated prefill rate / 0.1 s)"),
-    Feature("decode_step", "ln of the calibrated decode step / 10 ms"),
+    Feature("decode_step", "ln of the calibrated decode step / 10 ms", low=-math.inf),
     Feature("relative_prefill_work", "log_prefill_work minus its minimum over available engines"),
     Feature("relative_batch", "log_batch minus its minimum over available engines"),
-    Feature("relative_kv_usage", "kv_usage minus its minimum over available engines"),
+    Feature("relative_kv_usage", "kv_usage minus its minimum over available engines", high=1.0),
 )
 
 REQUEST_FEATURES: tuple[Feature, ...] = (
-    Feature("log_prompt", "ln of the prompt length in 1,000 tokens"),
-    Feature("urgency", "1 / (1 + deadline in s), 0 without one"),
-    Feature("priority", "tanh(priority / 10)"),
-    Feature("follow_up", "1 for a later turn of a session"),
+    Feature("log_prompt", "ln of the prompt length in 1,000 tokens", low=-7.0),
+    Feature("urgency", "1 / (1 + deadline in s), 0 without one", high=1.0),
+    Feature("priority", "tanh(priority / 10)", low=-1.0, high=1.0),
+    Feature("follow_up", "1 for a later turn of a session", high=1.0),
     Feature("log_engines", "ln of the number of available engines"),
-    Feature("mean_log_batch", "mean of log_batch over available engines"),
+    Feature("mean_log_batch", "mean of log_batch over available engines", low=-4.0),
     Feature("mean_log_prefill_queue", "mean of log_prefill_queue over available engines"),
-    Feature("mean_kv_usage", "mean of kv_usage over available engines"),
+    Feature("mean_kv_usage", "mean of kv_usage over available engines", high=1.0),
 )
 
 ENGINE_FEATURE_NAMES = tuple(feature.name for feature in ENGINE_FEATURES)

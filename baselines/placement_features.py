@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from servegym.baselines.expert.loads import balancedness, crossing_share, moved_experts, rank_loads, remote_share
+from servegym.baselines.features import Feature
 from servegym.baselines.interface import ExpertLoad, FloatArray, Placement
 
 PLACEMENT_FEATURES = (
-    "keep",  # 1 for the current placement
-    "imbalance",  # heaviest rank over the mean, less 1, mean over layers
-    "worst_imbalance",  # the same of the worst layer
-    "imbalance_gain",  # imbalance now less that of the candidate
-    "activation_imbalance",  # activated experts of the heaviest rank over the mean, less 1, mean over layers
-    "remote",  # share of (token, expert) pairs on another rank than the token's; 0 if unknown
-    "crossing",  # share of tokens that change the rank between layers; 0 if unknown
-    "moved",  # experts that ranks receive, over slots
+    Feature("keep", "1 for the current placement", high=1.0),
+    Feature("imbalance", "tokens of the heaviest rank over the mean, less 1, mean over layers"),
+    Feature("worst_imbalance", "the same of the worst layer"),
+    Feature("imbalance_gain", "imbalance now less that of the candidate", low=-math.inf),
+    Feature("activation_imbalance", "activated experts of the heaviest rank over the mean, less 1, mean over layers"),
+    Feature("remote", "share of (token, expert) pairs on another rank than the token's; 0 if unknown", high=1.0),
+    Feature("crossing", "share of tokens that change the rank between layers; 0 if unknown", high=1.0),
+    Feature("moved", "experts that ranks receive, over slots", high=1.0),
 )
 PLACEMENT_CONTEXT = (
-    "log_tokens_per_step",  # ln(1 + experts chosen per layer and step)
-    "drift",  # total variation of the loads between this window and the one before, mean over layers
-    "imbalance_now",  # of the current placement
-    "layers",  # / 64
-    "log_experts",  # ln(experts per rank)
+    Feature("log_tokens_per_step", "ln(1 + experts chosen per layer and step)"),
+    Feature("drift", "total variation of the loads between this window and the last, mean over layers", high=1.0),
+    Feature("imbalance_now", "imbalance of the current placement"),
+    Feature("layers", "MoE layers / 64"),
+    Feature("log_experts", "ln(experts per rank)"),
 )
 
 

@@ -29,14 +29,14 @@ from servegym.baselines.interface import (
 from servegym.compilation import compiled
 
 QUEUE_FEATURES: tuple[Feature, ...] = (
-    Feature("log_prefill", "ln of the tokens to be computed, in 1,000 tokens"),
+    Feature("log_prefill", "ln of the tokens to be computed, in 1,000 tokens", low=-7.0),
     Feature("log_wait", "ln(1 + wait / 0.1 s)"),
     Feature("prefill_time", "ln(1 + prefill at the calibrated rate / 0.1 s)"),
-    Feature("kv_share", "KV blocks that it needs over free ones, at most 4"),
-    Feature("urgency", "1 / (1 + time to the deadline in s), 1 beyond it, 0 without one"),
-    Feature("priority", "tanh(priority / 10)"),
-    Feature("follow_up", "1 for a later turn of a session"),
-    Feature("preempted", "1 if it was preempted"),
+    Feature("kv_share", "KV blocks that it needs over free ones, at most 4", high=4.0),
+    Feature("urgency", "1 / (1 + time to the deadline in s), 1 beyond it, 0 without one", high=1.0),
+    Feature("priority", "tanh(priority / 10)", low=-1.0, high=1.0),
+    Feature("follow_up", "1 for a later turn of a session", high=1.0),
+    Feature("preempted", "1 if it was preempted", high=1.0),
     Feature("log_predicted", "ln(1 + predicted output tokens / 100); 0 without a prediction"),
     Feature("relative_prefill", "log_prefill minus its minimum over the requests shown"),
     Feature("relative_wait", "its maximum over the requests shown minus log_wait"),
@@ -44,7 +44,7 @@ QUEUE_FEATURES: tuple[Feature, ...] = (
 QUEUE_CONTEXT_FEATURES: tuple[Feature, ...] = (
     Feature("log_waiting", "ln(1 + waiting requests)"),
     Feature("batch_share", "running requests / max_num_seqs"),
-    Feature("kv_usage", "share of KV blocks in use"),
+    Feature("kv_usage", "share of KV blocks in use", high=1.0),
     Feature("log_queue", "ln(1 + waiting prefill tokens of the requests shown / 1,000)"),
     Feature("queue_time", "ln(1 + their prefill at the calibrated rate / 0.1 s)"),
 )

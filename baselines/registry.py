@@ -172,9 +172,9 @@ def policy_class(layer: Layer, name: str) -> type[Any]:
 def describe(layer: Layer) -> list[dict[str, Any]]:
     """Return one mapping per policy of a layer, as ``servegym list`` prints it.
 
-    Keys: ``name``, ``explanation`` (first line of the docstring), ``parameters`` (each with ``name``, ``default``,
-    ``meaning``), ``source`` and ``compiled`` (whether the simulator can run it inside its kernel). A plugin that cannot
-    be imported is left out with a warning.
+    Keys: ``name``, ``explanation`` (first line of the docstring), ``formula`` (the rest of it), ``parameters`` (each
+    with ``name``, ``default``, ``meaning``), ``source`` and ``compiled`` (whether the simulator can run it inside its
+    kernel). A plugin that cannot be imported is left out with a warning.
     """
     rows = []
     for name in names(layer):
@@ -185,10 +185,12 @@ def describe(layer: Layer) -> list[dict[str, Any]]:
             _logger.warning("policy %s=%s left out: %s", layer, name, _broken(error))
             continue
         entry = _entries[layer, name]
+        explanation, _, formula = (inspect.getdoc(entry.policy) or "").partition("\n")
         rows.append(
             {
                 "name": name,
-                "explanation": (inspect.getdoc(entry.policy) or "").partition("\n")[0],
+                "explanation": explanation,
+                "formula": formula.strip(),
                 "parameters": _parameters(entry.policy),
                 "source": entry.source,
                 "compiled": hasattr(entry.policy, "compiled"),

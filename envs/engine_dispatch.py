@@ -14,7 +14,7 @@ from servegym.baselines.features import ENGINE_FEATURES, REQUEST_FEATURES, fill_
 from servegym.baselines.interface import E_AVAILABLE, R_INDEX, ExpertPolicy
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
-from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics
+from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics, feature_box
 from servegym.envs.simulator.cluster import SimulatedCluster
 
 
@@ -81,6 +81,7 @@ class EngineDispatchEnv(ServingEnv[np.int64]):
     """
 
     config: EngineDispatchConfig
+    features = {"engines": ENGINE_FEATURES, "request": REQUEST_FEATURES}  # noqa: RUF012 - never written to
     _name = "EngineDispatch-v0"
     _config_class = EngineDispatchConfig
 
@@ -98,8 +99,8 @@ class EngineDispatchEnv(ServingEnv[np.int64]):
         self.action_space = spaces.Discrete(self.max_engines)
         self.observation_space: spaces.Dict = spaces.Dict(  # type: ignore[assignment]
             {
-                "engines": spaces.Box(-np.inf, np.inf, (self.max_engines, len(ENGINE_FEATURES)), np.float32),
-                "request": spaces.Box(-np.inf, np.inf, (len(REQUEST_FEATURES),), np.float32),
+                "engines": feature_box(ENGINE_FEATURES, self.max_engines),
+                "request": feature_box(REQUEST_FEATURES),
                 "mask": spaces.Box(0, 1, (self.max_engines,), np.int8),
             }
         )

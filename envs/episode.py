@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from gymnasium import spaces
 from pydantic import Field, model_validator
 
+from servegym.baselines.features import Feature
 from servegym.baselines.interface import FloatArray
 from servegym.configuration import Config, validate
 from servegym.envs.randomisation import Randomisation, Sampled, draw
@@ -53,6 +55,8 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
     config: EpisodeConfig
+    features: ClassVar[Mapping[str, tuple[Feature, ...]]]
+    """What the columns of an observation mean, by key."""
     _name: ClassVar[str]
     _config_class: ClassVar[type[EpisodeConfig]]
 
@@ -108,6 +112,14 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
     def render(self) -> str | npt.NDArray[np.uint8] | None:
         """Return queues, KV use and expert heat per engine: text, or a picture of shape (540, 960, 3)."""
         return render(self._run, self.render_mode)
+
+
+def feature_box(features: Sequence[Feature], rows: int | None = None) -> spaces.Box:
+    """Return the space of one row of features, shape (features,), or of several, shape (rows, features)."""
+    low, high = (np.array([getattr(one, end) for one in features], dtype=np.float32) for end in ("low", "high"))
+    if rows is not None:
+        low, high = np.tile(low, (rows, 1)), np.tile(high, (rows, 1))
+    return spaces.Box(low, high, dtype=np.float32)
 
 
 def episode_metrics(run: SimulatedCluster) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from servegym.baselines.interface import ExpertLoad, Placement
 from servegym.baselines.placement_features import PLACEMENT_CONTEXT, PLACEMENT_FEATURES
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
-from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics
+from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics, feature_box
 from servegym.envs.placement_menu import PlacementMenu
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.rewards import RewardConfig
@@ -98,6 +98,7 @@ class ExpertPlacementEnv(ServingEnv[np.int64]):
     """  # noqa: E501 - tables cannot be wrapped
 
     config: ExpertPlacementConfig
+    features = {"candidates": PLACEMENT_FEATURES, "context": PLACEMENT_CONTEXT}  # noqa: RUF012 - never written to
     _name = "ExpertPlacement-v0"
     _config_class = ExpertPlacementConfig
 
@@ -115,8 +116,8 @@ class ExpertPlacementEnv(ServingEnv[np.int64]):
         self.action_space = spaces.Discrete(size)
         self.observation_space: spaces.Dict = spaces.Dict(  # type: ignore[assignment]
             {
-                "candidates": spaces.Box(-np.inf, np.inf, (size, len(PLACEMENT_FEATURES)), np.float32),
-                "context": spaces.Box(-np.inf, np.inf, (len(PLACEMENT_CONTEXT),), np.float32),
+                "candidates": feature_box(PLACEMENT_FEATURES, size),
+                "context": feature_box(PLACEMENT_CONTEXT),
                 "mask": spaces.Box(0, 1, (size,), np.int8),
             }
         )

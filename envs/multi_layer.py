@@ -13,7 +13,7 @@ from pydantic import Field
 from servegym.baselines.placement_features import PLACEMENT_CONTEXT, PLACEMENT_FEATURES
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.envs.engine_dispatch import EngineDispatchConfig, EngineDispatchEnv
-from servegym.envs.episode import Observation
+from servegym.envs.episode import Observation, feature_box
 from servegym.envs.expert_placement import CLUSTER, MENU
 from servegym.envs.placement_menu import PlacementMenu
 from servegym.envs.simulator.config import ClusterConfig
@@ -70,6 +70,7 @@ class MultiLayerEnv(EngineDispatchEnv):
     _name = "MultiLayer-v0"
     _config_class = MultiLayerConfig
     config: MultiLayerConfig
+    features = EngineDispatchEnv.features | {"candidates": PLACEMENT_FEATURES, "placement": PLACEMENT_CONTEXT}
 
     def __init__(
         self, config: MultiLayerConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None
@@ -86,8 +87,8 @@ class MultiLayerEnv(EngineDispatchEnv):
             {
                 "engines": self.observation_space["engines"],
                 "request": self.observation_space["request"],
-                "candidates": spaces.Box(-np.inf, np.inf, (size, len(PLACEMENT_FEATURES)), np.float32),
-                "placement": spaces.Box(-np.inf, np.inf, (len(PLACEMENT_CONTEXT),), np.float32),
+                "candidates": feature_box(PLACEMENT_FEATURES, size),
+                "placement": feature_box(PLACEMENT_CONTEXT),
                 "mask": spaces.Box(0, 1, (sum(parts),), np.int8),
             }
         )

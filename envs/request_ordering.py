@@ -14,7 +14,7 @@ from servegym.baselines.interface import QueueView
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.queue_features import QUEUE_CONTEXT_FEATURES, QUEUE_FEATURES, fill_queue_features
 from servegym.baselines.registry import create
-from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics
+from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics, feature_box
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.simulator.cluster import SimulatedCluster
 from servegym.envs.simulator.config import ClusterConfig
@@ -75,6 +75,7 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
     """  # noqa: E501 - tables cannot be wrapped
 
     config: RequestOrderingConfig
+    features = {"requests": QUEUE_FEATURES, "context": QUEUE_CONTEXT_FEATURES}  # noqa: RUF012 - never written to
     _name = "RequestOrdering-v0"
     _config_class = RequestOrderingConfig
 
@@ -89,8 +90,8 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
         self.action_space = spaces.Discrete(config.window)
         self.observation_space: spaces.Dict = spaces.Dict(  # type: ignore[assignment]
             {
-                "requests": spaces.Box(-np.inf, np.inf, (config.window, len(QUEUE_FEATURES)), np.float32),
-                "context": spaces.Box(-np.inf, np.inf, (len(QUEUE_CONTEXT_FEATURES),), np.float32),
+                "requests": feature_box(QUEUE_FEATURES, config.window),
+                "context": feature_box(QUEUE_CONTEXT_FEATURES),
                 "mask": spaces.Box(0, 1, (config.window,), np.int8),
             }
         )

@@ -10,11 +10,12 @@ import numpy.typing as npt
 from gymnasium import spaces
 from pydantic import Field
 
+from servegym.baselines.features import Feature
 from servegym.baselines.heuristic import compiled_form
 from servegym.baselines.interface import Q_COMPUTED_TOKENS, Q_PROMPT_TOKENS, Q_WAIT_S
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
-from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics
+from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics, feature_box
 from servegym.envs.request_ordering import CLUSTER
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.simulator.cluster import SimulatedCluster
@@ -24,15 +25,15 @@ from servegym.errors import InputError
 Positive = Annotated[float, Field(gt=0)]
 
 QUEUE_SUMMARY = (
-    "log_waiting",  # ln(1 + waiting requests)
-    "log_prefill",  # ln(1 + their tokens to compute / 1,000)
-    "log_shortest",  # ln(1 + tokens / 1,000) of the shortest
-    "log_median",  # of the median
-    "log_longest",  # of the 90 % quantile
-    "log_oldest",  # ln(1 + longest wait / 0.1 s)
-    "batch_share",  # running requests / max_num_seqs
-    "kv_usage",  # share of KV blocks in use
-    "ttft",  # ln(1 + moving average of TTFT / 0.1 s)
+    Feature("log_waiting", "ln(1 + waiting requests)"),
+    Feature("log_prefill", "ln(1 + their tokens to compute / 1,000)"),
+    Feature("log_shortest", "ln(1 + tokens / 1,000) of the shortest"),
+    Feature("log_median", "the same of the median"),
+    Feature("log_longest", "the same of the 90 % quantile"),
+    Feature("log_oldest", "ln(1 + longest wait / 0.1 s)"),
+    Feature("batch_share", "running requests / max_num_seqs", high=1.0),
+    Feature("kv_usage", "share of KV blocks in use", high=1.0),
+    Feature("ttft", "ln(1 + moving average of TTFT / 0.1 s)"),
 )
 _SPREAD = 30.0
 
@@ -93,6 +94,7 @@ class RequestTuningEnv(ServingEnv[npt.NDArray[np.float32]]):
     """  # noqa: E501 - tables cannot be wrapped
 
     config: RequestTuningConfig
+    features = {"engines": QUEUE_SUMMARY}  # noqa: RUF012 - never written to
     _name = "RequestTuning-v0"
     _config_class = RequestTuningConfig
 
@@ -109,7 +111,7 @@ class RequestTuningEnv(ServingEnv[npt.NDArray[np.float32]]):
         self.action_space = spaces.Box(-1.0, 1.0, (count,), np.float32)
         self.observation_space: spaces.Dict = spaces.Dict(  # type: ignore[assignment]
             {
-                "engines": spaces.Box(-np.inf, np.inf, (self.max_engines, len(QUEUE_SUMMARY)), np.float32),
+                "engines": feature_box(QUEUE_SUMMARY, self.max_engines),
                 "context": spaces.Box(-np.inf, np.inf, (1 + count,), np.float32),
                 "mask": spaces.Box(0, 1, (self.max_engines,), np.int8),
             }

@@ -10,17 +10,20 @@ import contextlib
 __version__ = "0.1.0"
 
 
+ENVIRONMENTS = {
+    "servegym/EngineDispatch-v0": "servegym.envs.engine_dispatch:EngineDispatchEnv",
+    "servegym/RequestOrdering-v0": "servegym.envs.request_ordering:RequestOrderingEnv",
+    "servegym/RequestTuning-v0": "servegym.envs.request_tuning:RequestTuningEnv",
+    "servegym/ExpertPlacement-v0": "servegym.envs.expert_placement:ExpertPlacementEnv",
+    "servegym/MultiLayer-v0": "servegym.envs.multi_layer:MultiLayerEnv",
+}
+
+
 def register_envs() -> None:
     """Register the environments; safe to call twice."""
     from gymnasium.envs.registration import register, registry
 
-    for name, entry_point in {
-        "servegym/EngineDispatch-v0": "servegym.envs.engine_dispatch:EngineDispatchEnv",
-        "servegym/ExpertPlacement-v0": "servegym.envs.expert_placement:ExpertPlacementEnv",
-        "servegym/RequestOrdering-v0": "servegym.envs.request_ordering:RequestOrderingEnv",
-        "servegym/RequestTuning-v0": "servegym.envs.request_tuning:RequestTuningEnv",
-        "servegym/MultiLayer-v0": "servegym.envs.multi_layer:MultiLayerEnv",
-    }.items():
+    for name, entry_point in ENVIRONMENTS.items():
         if name not in registry:
             register(id=name, entry_point=entry_point)
 

@@ -91,6 +91,32 @@ def test_list_describes_everything() -> None:
         assert entry["explanation"], entry["name"]
     assert "azure-conv" in {entry["name"] for entry in content["workloads"]}
     assert "lmetric" in servegym("list").stdout
+    assert {entry["name"] for entry in content["environments"]} == {
+        f"servegym/{name}-v0"
+        for name in ("EngineDispatch", "RequestOrdering", "RequestTuning", "ExpertPlacement", "MultiLayer")
+    }
+    for entry in content["environments"]:
+        assert all(word in entry["page"] for word in ("Action Space", "Observation Space", "Rewards", "Arguments"))
+        assert all(feature["meaning"] for features in entry["features"].values() for feature in features)
+    for layer in content["policies"].values():
+        for entry in layer:
+            assert entry["source"], entry["name"]
+
+
+def test_list_shows_one_entry_whole() -> None:
+    page = servegym("list", "gimbal2").stdout
+    assert "w_k * (x_k - mean x_k) / std x_k" in page
+    assert "weight of KV use" in page
+    assert "arXiv 2606.15177" in page
+    assert "relative_batch" in servegym("list", "EngineDispatch-v0").stdout
+    assert "uniformly at random" in servegym("list", "engine=random").stdout
+    for name, line in (
+        ("random", "list: random: several; allowed: engine=random, expert=random"),
+        ("gimbal", "list: gimbal: unknown name; did you mean gimbal2?"),
+    ):
+        failed = servegym("list", name)
+        assert failed.returncode == 2
+        assert failed.stderr.strip().endswith(line)
 
 
 def test_simulate_prints_the_contract_and_repeats_itself(folder: Path) -> None:

@@ -62,7 +62,7 @@ def test_the_first_set_is_there(layer) -> None:
 def test_every_policy_is_described_in_full() -> None:
     for layer in registry.LAYERS:
         for row in registry.describe(layer):
-            assert row.keys() == {"name", "explanation", "parameters", "source", "compiled"}
+            assert row.keys() == {"name", "explanation", "formula", "parameters", "source", "compiled"}
             assert row["explanation"].endswith(".")
             assert row["source"]
             assert all(parameter["meaning"] for parameter in row["parameters"])
@@ -115,6 +115,7 @@ def test_registering() -> None:
     assert row == {
         "name": "constant",
         "explanation": "Every engine is as good as any other.",
+        "formula": "More words.",
         "parameters": [],
         "source": "a book",
         "compiled": False,

@@ -73,10 +73,18 @@ def test_kv_blocks_fill_what_weights_leave() -> None:
     assert blocks == int(left / (16 * 98304))
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("qwen3-30b-a3b-h200", 1), ("qwen3-30b-a3b-h200-ep4", 4)])
-def test_script_reproduces_the_shipped_profile(name: str, ranks: int, data_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("qwen3-30b-a3b-h200", ""),
+        ("qwen3-30b-a3b-h200-ep4", "--ep 4"),
+        ("qwen3-30b-a3b-a100-ep2", "--gpu a100 --ep 2"),
+        ("qwen3-30b-a3b-h100-tp2-ep4", "--gpu h100 --tp 2 --ep 4"),
+    ],
+)
+def test_script_reproduces_the_shipped_profile(name: str, arguments: str, data_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "made.yaml"
-    assert main(["--tables", str(data_folder / "latency"), "--ep", str(ranks), "--out", str(out)]) == 0
+    assert main(["--tables", str(data_folder / "latency"), *arguments.split(), "--out", str(out)]) == 0
     made, shipped = load_profile(out).model_dump(), load_profile(name).model_dump()
     _assert_close(made, shipped)
     shipped_text, made_text = find_config(name, "profiles").read_text(), out.read_text()
