@@ -26,13 +26,26 @@ WORKLOAD = {
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 
 def servegym(*arguments: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     code = "from servegym.agents.cli import main; main()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=_environment(), input=stdin)
+
+
+def _interruptible(command: list[str]) -> subprocess.Popen[str]:
+    """Start a process group that takes Ctrl-C even where the tests run in the background, with SIGINT ignored."""
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.fixture
@@ -230,7 +243,7 @@ def test_ctrl_c_in_training_leaves_a_checkpoint_that_resumes(folder: Path) -> No
     code = "from servegym.agents.cli import main; main()"
     out = folder / "run"
     command = [sys.executable, "-c", code, "train", str(folder / "train.yaml"), "--out", str(out), "--steps", "200000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment())
+    process = _interruptible(command)
     deadline = time.monotonic() + 120
     while not (out / "evaluations.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -252,9 +265,7 @@ def test_ctrl_c_in_evaluation_leaves_no_worker_and_can_go_on(folder: Path) -> No
     workloads = f"workloads=[{{name: {folder / 'workload.yaml'}, requests: 20000}}]"
     options = ["--processes", "2", "--out", str(out), "--set", "seeds=400", "--set", workloads]
     command = [sys.executable, "-c", code, "evaluate", str(folder / "evaluate.yaml"), *options]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment(), start_new_session=True
-    )
+    process = _interruptible(command)
     deadline = time.monotonic() + 120
     cells = out / "cells.jsonl"
     while not (cells.is_file() and cells.read_text().count("\n") > 3) and time.monotonic() < deadline:
