@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from servegym.errors import InputError
+from servegym.agents.cluster_cli import cluster_app
+from servegym.errors import EngineError, InputError
 
 app = typer.Typer(
     name="servegym",
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(cluster_app, name="cluster")
 
 # Click's class, which newer versions of Typer carry inside and older ones import.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -47,6 +50,9 @@ def main() -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except InputError as error:
         _fail(str(error))
+    except EngineError as error:
+        print(f"servegym: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message(), file=sys.stderr)

@@ -1,11 +1,17 @@
-"""Compilation with numba: on disk where that is possible, in memory where no folder can be written."""
+"""Compilation with numba: on disk where that is possible, in memory where no folder can be written.
+
+Inside an engine whose environment has no numba, what is compiled elsewhere runs as plain Python.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import numba
+try:
+    import numba
+except ModuleNotFoundError:
+    numba = cast(Any, None)
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -17,6 +23,8 @@ def compiled(function: FunctionT, **options: Any) -> FunctionT:
         function: plain Python in the subset that numba takes.
         options: further options of ``numba.njit``.
     """
+    if numba is None:
+        return function
     try:
         return cast(FunctionT, numba.njit(cache=True, **options)(function))
     except RuntimeError:  # neither beside the source nor in the user's cache folder, or a function from a prompt

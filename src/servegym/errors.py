@@ -25,6 +25,10 @@ class InputError(ValueError):
         super().__init__(": ".join(part for part in (source, field, problem) if part))
 
 
+class EngineError(Exception):
+    """A live engine did not do its part; the message may have several lines, its last words."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a phrase that helps with a misspelt name: the nearest known ones, else all of them.
 

@@ -1,0 +1,104 @@
+"""``servegym cluster``: engines on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from servegym.engine_bridge.cluster.launcher import LiveCluster
+
+cluster_app = typer.Typer(help="Start, look at and end clusters of vLLM engines.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; messages go to stderr.")]
+Folder = Annotated[Path | None, typer.Option(help="State and logs; default: runs/clusters/NAME.")]
+
+
+def _folder(name: str, folder: Path | None) -> Path:
+    return folder if folder is not None else Path("runs") / "clusters" / name
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@cluster_app.command()
+def up(
+    config: Annotated[str, typer.Argument(help="A shipped cluster file by name (local), or a path.")],
+    folder: Folder = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: engines=3.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Start the engines of a cluster file and return when each has completed a request. Ctrl-C ends them all."""
+    from servegym.configuration import load_config
+    from servegym.engine_bridge.cluster.config import ClusterFile
+    from servegym.engine_bridge.cluster.launcher import start_cluster
+
+    file = load_config(ClusterFile, config, "clusters", settings or [])
+    _show(start_cluster(file, _folder(file.name, folder), _say), as_json)
+
+
+@cluster_app.command()
+def status(
+    name: Annotated[str, typer.Argument(help="The cluster's name.")], folder: Folder = None, as_json: Json = False
+) -> None:
+    """Show the engines of a cluster."""
+    _show(_find(name, folder), as_json)
+
+
+@cluster_app.command()
+def down(name: Annotated[str, typer.Argument(help="The cluster's name.")], folder: Folder = None) -> None:
+    """End the engines of a cluster, with all of their processes."""
+    cluster = _find(name, folder)
+    cluster.stop()
+    _say(f"cluster {name}: {len(cluster.engines)} engines ended")
+
+
+@cluster_app.command()
+def order(
+    name: Annotated[str, typer.Argument(help="The cluster's name.")],
+    policy: Annotated[str, typer.Argument(metavar="NAME[,KEY=VALUE]", help="A request policy of `servegym list`.")],
+    folder: Folder = None,
+) -> None:
+    """Let the running engines order their waiting queues by another request policy, from the next second on."""
+    from servegym.baselines.policy_spec import PolicySpec
+
+    version = _find(name, folder).set_request_policy(PolicySpec.parse(policy))
+    _say(f"cluster {name}: ordered by {policy}, version {version}")
+
+
+def _find(name: str, folder: Path | None) -> LiveCluster:
+    from servegym.engine_bridge.cluster.launcher import find_cluster
+    from servegym.errors import InputError
+
+    where = _folder(name, folder)
+    cluster = find_cluster(where)
+    if cluster is None:
+        raise InputError(str(where), "", f"no cluster {name}; start one: servegym cluster up {name}")
+    return cluster
+
+
+def _show(cluster: LiveCluster, as_json: bool) -> None:
+    from servegym.engine_bridge.cluster.launcher import describe_shim
+
+    rows: list[dict[str, Any]] = []
+    for engine in cluster.engines:
+        order = describe_shim(engine.shim_state()) if engine.shim else "vLLM's own order"
+        rows.append(
+            {"url": engine.url, "running": engine.running, "pid": engine.pid, "order": order, "log": engine.log}
+        )
+    if as_json:
+        print(json.dumps({"name": cluster.name, "model": cluster.model, "engines": rows}, indent=1))
+        return
+    table = Table("engine", "state", "waiting queue", "log", title=f"{cluster.name}, model {cluster.model}")
+    for row in rows:
+        table.add_row(row["url"], "running" if row["running"] else "down", row["order"], row["log"] or "")
+    (Console() if sys.stdout.isatty() else Console(width=140)).print(table)

@@ -1,0 +1,1 @@
+"""What runs inside a vLLM engine: numpy, our policies and vLLM itself; no torch of our own, no training code."""

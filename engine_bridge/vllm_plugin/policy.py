@@ -1,0 +1,127 @@
+"""The request policy that orders an engine's queue: reloaded when its file changes, harmless when it fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from servegym.baselines.interface import FloatArray, QueueView, RequestPolicy
+from servegym.baselines.policy_spec import PolicySpec
+from servegym.baselines.registry import create
+from servegym.engine_bridge.vllm_plugin.protocol import read_policy, write_state
+from servegym.errors import InputError
+
+_logger = logging.getLogger("vllm.servegym")
+_LOOK_S = 1.0
+
+
+class LivePolicy:
+    """Scores waiting queues by the policy that a file names.
+
+    An exception, a wrong shape or a number that is not finite never reaches the engine: the queue keeps its order of
+    arrival at that step, and the failure is counted.
+
+    Args:
+        path: the policy file.
+        state: where to report, None for nowhere.
+
+    Attributes:
+        failures: decisions that failed.
+        version: of the policy in force, 0 for none.
+    """
+
+    def __init__(self, path: Path, state: Path | None) -> None:
+        self.failures = 0
+        self.version = 0
+        self._path = path
+        self._state = state
+        self._policy: RequestPolicy | None = None
+        self._spec: PolicySpec | None = None
+        self._reason = ""
+        self._modified = 0
+        self._look_at = 0.0
+        self._reported_failures = 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up a new policy file, at most once a second; a bad one leaves the old policy in force."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_S
+        try:
+            modified = os.stat(self._path).st_mtime_ns
+        except OSError:
+            modified = 0
+        if modified != self._modified or (modified == 0 and not self._reason):
+            self._modified = modified
+            self._load()
+        elif self.failures != self._reported_failures:
+            self._report()
+
+    def scores(self, queue: QueueView) -> FloatArray | None:
+        """Return the scores of a queue, shape (waiting,), lowest first; None for the order of arrival."""
+        if self._policy is None:
+            return None
+        try:
+            scores = np.asarray(self._policy.score(queue), dtype=np.float64)
+        except Exception as error:
+            self._failed(f"{type(error).__name__}: {error}")
+            return None
+        if scores.shape != (len(queue),) or np.isnan(scores).any():
+            self._failed(f"scores of shape {scores.shape}, {int(np.isnan(scores).sum())} not a number")
+            return None
+        return scores
+
+    def stand_down(self, reason: str) -> None:
+        """Report that vLLM's own order is in force, and why."""
+        self._policy = None
+        self._reason = reason
+        _logger.warning("servegym: vLLM's own order: %s", reason)
+        self._report()
+
+    def _load(self) -> None:
+        try:
+            version, spec = read_policy(self._path)
+            policy = create("request", spec)
+            reset = getattr(policy, "reset", None)
+            if reset is not None:
+                reset(0)
+            if getattr(policy, "needs_oracle", False):
+                raise InputError(str(self._path), "policy", f"got {spec.name}, which needs true output lengths")
+        except Exception as error:
+            self._reason = str(error)
+            _logger.warning("servegym: policy not taken up: %s", error)
+        else:
+            self._policy, self._spec, self.version, self._reason = policy, spec, version, ""
+            _logger.info("servegym: waiting queue ordered by %s", spec)
+        self._report()
+
+    def _failed(self, reason: str) -> None:
+        if self.failures == 0:
+            _logger.warning("servegym: order of arrival for a step: %s", reason)
+        self.failures += 1
+        self._reason = reason
+
+    def _report(self) -> None:
+        self._reported_failures = self.failures
+        if self._state is None:
+            return
+        content: dict[str, Any] = {
+            "tier": "stock" if self._policy is None else "policy",
+            "policy": str(self._spec) if self._spec is not None else "",
+            "version": self.version,
+            "failures": self.failures,
+            "reason": self._reason,
+            "pid": os.getpid(),
+        }
+        try:
+            write_state(self._state, content)
+        except OSError as error:
+            _logger.warning("servegym: state not written: %s", error)
+            self._state = None

@@ -1,0 +1,87 @@
+"""vLLM's scheduler with a waiting queue that a servegym policy orders, anew before each step.
+
+Start an engine with ``--scheduler-cls servegym.engine_bridge.vllm_plugin.scheduler.PolicyAsyncScheduler`` and the
+environment variables of :mod:`.protocol`. Everything else is vLLM's: running requests, the token budget, KV blocks,
+preemption. Where a version of vLLM does not have what this needs, its own order stays in force, and the state file and
+one line of the log say why.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from servegym.engine_bridge.vllm_plugin.policy import LivePolicy
+from servegym.engine_bridge.vllm_plugin.protocol import POLICY_VARIABLE, RATE_VARIABLE, STATE_VARIABLE
+from servegym.engine_bridge.vllm_plugin.queue import PolicyQueue
+
+_DEFAULT_RATE = 10_000.0
+
+
+class _PolicyScheduler:
+    """Mixed in before one of vLLM's schedulers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        path, state = os.environ.get(POLICY_VARIABLE, ""), os.environ.get(STATE_VARIABLE)
+        self._servegym_rate = float(os.environ.get(RATE_VARIABLE, _DEFAULT_RATE))
+        self._servegym_queue: PolicyQueue | None = None
+        self._servegym_policy = LivePolicy(Path(path), Path(state) if state else None)
+        reason = self._servegym_obstacle()
+        if reason:
+            self._servegym_policy.stand_down(reason)
+            return
+        self._servegym_queue = self.waiting = PolicyQueue()
+
+    def _servegym_obstacle(self) -> str:
+        """Say what of vLLM is not as we know it; empty if all is."""
+        waiting = getattr(self, "waiting", None)
+        if waiting is None or len(waiting):
+            return "this vLLM keeps its waiting requests elsewhere"
+        interface = next((base for base in type(waiting).__mro__ if getattr(base, "__abstractmethods__", None)), None)
+        if interface is None:
+            return "the waiting queue of this vLLM has no declared interface"
+        for name in sorted(getattr(interface, "__abstractmethods__", ())):
+            if not hasattr(PolicyQueue, name):
+                return f"the waiting queue of this vLLM has also {name}"
+        for name in ("running", "kv_cache_manager", "max_num_running_reqs"):
+            if not hasattr(self, name):
+                return f"the scheduler of this vLLM has no {name}"
+        return ""
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Order the queue, then let vLLM schedule the step."""
+        queue = self._servegym_queue
+        if queue is not None:
+            self._servegym_policy.refresh()
+            if len(queue) > 1:
+                queue.reorder(self._servegym_policy.scores, self._servegym_context())
+        return super().schedule(*args, **kwargs)  # type: ignore[misc]
+
+    def _servegym_context(self) -> dict[str, Any]:
+        manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
+        pool = getattr(manager, "block_pool", None)
+        total = max(int(getattr(pool, "num_gpu_blocks", 0)) - 1, 1)
+        usage = float(getattr(manager, "usage", 0.0))
+        return {
+            "now_s": time.time(),
+            "running": len(self.running),  # type: ignore[attr-defined]
+            "max_num_seqs": int(self.max_num_running_reqs),  # type: ignore[attr-defined]
+            "free_blocks": round(total * (1.0 - usage)),
+            "total_blocks": total,
+            "block_size": int(getattr(self, "block_size", 16)),
+            "prefill_tokens_per_s": self._servegym_rate,
+        }
+
+
+class PolicyScheduler(_PolicyScheduler, Scheduler):
+    """For engines that schedule synchronously."""
+
+
+class PolicyAsyncScheduler(_PolicyScheduler, AsyncScheduler):
+    """For engines that schedule one step ahead, vLLM's default on GPUs; right for the others, too."""
