@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from servegym.agents.cluster_cli import cluster_app
+from servegym.agents.replay_cli import replay_command
 from servegym.errors import EngineError, InputError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cluster_app, name="cluster")
+app.command("replay")(replay_command)
 
 # Click's class, which newer versions of Typer carry inside and older ones import.
 _UsageError: Any = typer.BadParameter.__mro__[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from servegym.errors import EngineError, InputError
 SERVER = "vllm.entrypoints.openai.api_server"
 _LAST_LINES = 12
 _PROBE_S = 5.0
+_ORPHANS_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,29 +144,39 @@ class EngineProcess:
         log = self.command.log
         return EngineError(f"the engine at {self.command.url} {what}; {log} ends with:\n{last_lines(log)}")
 
-    def stop(self, timeout_s: float = 15.0) -> None:
-        """End the engine and all of its processes."""
-        stop_group(self.pid, timeout_s, self._process)
 
-
-def stop_group(pid: int, timeout_s: float = 15.0, process: subprocess.Popen[bytes] | None = None) -> None:
-    """Interrupt a process group, wait, and kill what is left of it.
+def stop_groups(pids: Sequence[int], timeout_s: float = 15.0) -> None:
+    """Interrupt process groups, wait, and kill what is left of them.
 
     Args:
-        pid: leader of the group.
-        timeout_s: time to end by itself.
-        process: the leader, if it is our child, which must be waited for.
+        pids: leaders of the groups.
+        timeout_s: time for a leader to end by itself; what it leaves behind gets two seconds more.
     """
-    if not _signal_group(pid, signal.SIGINT):
-        return
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and group_alive(pid):
-        if process is not None:
-            process.poll()
-        time.sleep(0.1)
-    _signal_group(pid, signal.SIGKILL)
-    if process is not None:
-        process.wait(timeout=10)
+    left = {pid: time.monotonic() + timeout_s for pid in pids if _signal_group(pid, signal.SIGINT)}
+    led = set(left)
+    while left:
+        time.sleep(0.05)
+        now = time.monotonic()
+        for pid, deadline in list(left.items()):
+            if pid in led and not _leader_alive(pid):
+                led.discard(pid)
+                left[pid] = deadline = min(deadline, now + _ORPHANS_S)
+            if not group_alive(pid):
+                del left[pid]
+            elif now > deadline:
+                _signal_group(pid, signal.SIGKILL)
+                left[pid] = now + 1.0
+
+
+def _leader_alive(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):  # our own child stays a zombie until it is waited for
+        if os.waitpid(pid, os.WNOHANG)[0] == pid:
+            return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _signal_group(pid: int, number: int) -> bool:

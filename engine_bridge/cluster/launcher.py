@@ -31,7 +31,7 @@ from servegym.engine_bridge.cluster.engine import (
     group_alive,
     healthy,
     served_models,
-    stop_group,
+    stop_groups,
     vllm_arguments,
 )
 from servegym.engine_bridge.vllm_plugin.protocol import POLICY_VARIABLE, RATE_VARIABLE, STATE_VARIABLE, write_policy
@@ -115,9 +115,7 @@ class LiveCluster:
 
     def stop(self) -> None:
         """End the engines that were started for the cluster."""
-        for engine in self.engines:
-            if engine.pid is not None:
-                stop_group(engine.pid)
+        stop_groups([engine.pid for engine in self.engines if engine.pid is not None])
         (self.folder / STATE).unlink(missing_ok=True)
 
 
@@ -154,8 +152,7 @@ def start_cluster(file: ClusterFile, folder: Path, say: Say = lambda text: None)
             process.wait_ready(deadline)
             say(f"engine {process.command.url}: ready")
     except BaseException:
-        for process in processes:
-            process.stop()
+        stop_groups([process.pid for process in processes])
         (folder / STATE).unlink(missing_ok=True)
         raise
     cluster = find_cluster(folder)

@@ -5,13 +5,13 @@ Inside an engine whose environment has no numba, what is compiled elsewhere runs
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-try:
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+if HAS_NUMBA:
     import numba
-except ModuleNotFoundError:
-    numba = cast(Any, None)
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -23,7 +23,7 @@ def compiled(function: FunctionT, **options: Any) -> FunctionT:
         function: plain Python in the subset that numba takes.
         options: further options of ``numba.njit``.
     """
-    if numba is None:
+    if not HAS_NUMBA:
         return function
     try:
         return cast(FunctionT, numba.njit(cache=True, **options)(function))

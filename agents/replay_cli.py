@@ -1,0 +1,77 @@
+"""``servegym replay``: a workload or a trace against live engines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def replay_command(
+    config: Annotated[str, typer.Argument(help="A replay config by name (local), or a path.")],
+    url: Annotated[list[str] | None, typer.Option(help="A server; several take turns. Overrides the config.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="The engines of a cluster that runs, by its name or folder.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Overrides the config's seed.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config value: a.b=3.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Send a workload or a trace to live engines, each request at its time, and print the metrics."""
+    from servegym.configuration import load_config
+    from servegym.engine_bridge.cluster.engine import served_models
+    from servegym.envs.live.replay import ReplayConfig, check_urls, replay
+
+    overrides = list(settings or []) + ([f"seed={seed}"] if seed is not None else [])
+    loaded = load_config(ReplayConfig, config, "replay", overrides)
+    urls, model = tuple(url or loaded.urls), loaded.model
+    if cluster is not None:
+        urls, name = _cluster(cluster)
+        model = model or name
+    check_urls(urls)
+    model = model or served_models(urls[0])[0]
+    with Progress(
+        TextColumn("replaying"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=as_json
+    ) as bar:
+        task = bar.add_task("", total=1.0)
+        result = replay(loaded.table(), urls, model, loaded, progress=lambda share: bar.update(task, completed=share))
+    for r, error in list(result.errors.items())[:5]:
+        print(f"request {r} failed: {error}", file=sys.stderr)
+    metrics = result.metrics(loaded)
+    if as_json:
+        print(json.dumps(metrics, indent=2))
+    else:
+        (Console() if sys.stdout.isatty() else Console(width=110)).print(_table(metrics))
+
+
+def _cluster(name: str) -> tuple[tuple[str, ...], str]:
+    from servegym.engine_bridge.cluster.launcher import find_cluster
+    from servegym.errors import InputError
+
+    for folder in (Path(name), Path("runs") / "clusters" / name):
+        found = find_cluster(folder)
+        if found is not None:
+            return tuple(engine.url for engine in found.engines), found.model
+    raise InputError("--cluster", name, f"no such cluster; start one: servegym cluster up {name}")
+
+
+def _table(metrics: dict[str, Any]) -> Table:
+    names = ("mean", "p50", "p90", "p95", "p99")
+    title = f"{metrics['requests']:,} requests in {metrics['wall_s']:.1f} s, {metrics['failed']} failed"
+    table = Table("seconds", *names, title=title, title_justify="left", caption_justify="left")
+    for label, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("E2E", "e2e_s"), ("slip", "slip_s")):
+        table.add_row(label, *("-" if metrics[key][n] is None else f"{metrics[key][n]:.4f}" for n in names))
+    table.caption = (
+        f"{metrics['throughput_rps']:.2f} requests/s, {metrics['output_tokens_per_s']:,.0f} output tokens/s,"
+        f" goodput {metrics['goodput_rps']:.2f}/s\n"
+        f"requests by engine: {', '.join(str(engine['requests']) for engine in metrics['per_engine'])}"
+    )
+    return table

@@ -1,0 +1,1 @@
+"""Live engines behind the same workloads, metrics and environments as simulated ones."""

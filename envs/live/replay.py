@@ -1,0 +1,268 @@
+"""Sending the requests of a workload or a trace to live engines at their own times.
+
+Open loop: a request is sent when it is due, however slow the engines are; a follow-up turn is due its think time after
+the turn before has ended. What the client's own scheduling adds (the *slip*) is measured and part of the result, as
+TTFT counts from the time at which a request was due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+import aiohttp
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from servegym.configuration import Config
+from servegym.envs.live.client import Completion, complete
+from servegym.envs.live.tokens import prompt_tokens
+from servegym.envs.requests import WorkloadChoice
+from servegym.envs.simulation import Objectives
+from servegym.envs.simulator.metrics import RunOutcome, summary
+from servegym.envs.workloads.generation import LengthScale, generate
+from servegym.envs.workloads.table import RequestTable
+from servegym.errors import EngineError, InputError
+
+Choose = Callable[[int], int]
+
+
+class ReplayConfig(Config):
+    """Input of ``servegym replay``."""
+
+    workload: WorkloadChoice = Field(description="with rate_rps, or a trace; live engines have no known capacity")
+    urls: tuple[str, ...] = Field(default=(), description="servers, in turn; or a cluster by its name")
+    model: str | None = Field(default=None, description="name in requests; default: the first that the server has")
+    prompt_scale: Annotated[float, Field(gt=0)] = Field(default=1.0, description="factor on prompt lengths")
+    output_scale: Annotated[float, Field(gt=0)] = Field(default=1.0, description="factor on output lengths")
+    max_tokens: Annotated[int, Field(ge=2)] = Field(default=4000, description="prompt + output, at most")
+    vocabulary: Annotated[int, Field(ge=2)] = Field(default=256, description="prompts have token ids below this")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(default=600.0, description="of one request")
+    slo: Objectives = Objectives()
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of the first requests that is not counted"
+    )
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _has_a_rate(self) -> Self:
+        if self.workload.load is not None:
+            raise ValueError("workload.rate_rps in place of workload.load: the capacity of live engines is not known")
+        return self
+
+    def table(self, seed: int | None = None) -> RequestTable:
+        """Draw the requests.
+
+        Raises:
+            InputError: a bad workload or trace.
+        """
+        choice = self.workload
+        return generate(
+            choice.resolve(),
+            rate_rps=choice.rate_rps,
+            requests=choice.requests or (200 if choice.trace is None else None),
+            seed=self.seed if seed is None else seed,
+            max_tokens=self.max_tokens,
+            scale=LengthScale(self.prompt_scale, self.output_scale),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayResult:
+    """A finished replay.
+
+    Attributes:
+        outcome: of each request.
+        slip_s: time from when a request was due to when it was sent, shape (requests,).
+        errors: what failed, by request.
+        wall_s: duration.
+    """
+
+    outcome: RunOutcome
+    slip_s: npt.NDArray[np.float64]
+    errors: dict[int, str]
+    wall_s: float
+
+    def metrics(self, config: ReplayConfig) -> dict[str, Any]:
+        """Summarise; the same keys as a simulation has, as far as a client can see them."""
+        found = self.outcome.metrics(
+            warmup_share=config.warmup_share, ttft_slo_s=config.slo.ttft_s, tpot_slo_s=config.slo.tpot_s
+        )
+        served = self.outcome.engine
+        count = int(served.max()) + 1 if len(served) else 0
+        found |= {
+            "failed": len(self.errors),
+            "slip_s": summary(self.slip_s) | {"max": float(np.nanmax(self.slip_s))},
+            "per_engine": [{"requests": int((served == e).sum())} for e in range(count)],
+            "wall_s": self.wall_s,
+        }
+        del found["preemptions"]  # nobody tells the client
+        return found
+
+
+def replay(
+    table: RequestTable,
+    urls: tuple[str, ...],
+    model: str,
+    config: ReplayConfig,
+    *,
+    choose: Choose | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> ReplayResult:
+    """Send all requests and wait for the last answer.
+
+    Args:
+        table: the requests.
+        urls: servers.
+        model: name in requests.
+        config: token values, timeouts.
+        choose: returns the index of the server for a request when it is due; default: in turn.
+        progress: called now and then with the share of requests that have ended.
+
+    Raises:
+        EngineError: no request at all was answered.
+    """
+    return asyncio.run(_Replayer(table, urls, model, config, choose, progress).run())
+
+
+class _Replayer:
+    def __init__(
+        self,
+        table: RequestTable,
+        urls: tuple[str, ...],
+        model: str,
+        config: ReplayConfig,
+        choose: Choose | None,
+        progress: Callable[[float], None] | None,
+    ) -> None:
+        self._table, self._urls, self._model, self._config = table, urls, model, config
+        self._choose = choose or self._in_turn
+        self._progress = progress
+        count = len(table)
+        self._turn = self._ended = 0
+        self._due_s = np.full(count, np.nan)
+        self._engine = np.full(count, -1, dtype=np.int32)
+        self._results: list[Completion | None] = [None] * count
+        self._child = np.full(count, -1, dtype=np.int64)
+        followers = np.flatnonzero(table.parent >= 0)
+        self._child[table.parent[followers]] = followers
+        # Other tokens than in any replay before: the engines may still have those cached.
+        self._salt = time.time_ns()
+        # Written before the clock starts, so that making them delays nobody.
+        self._bodies = [self._body(r) for r in range(count)]
+
+    async def run(self) -> ReplayResult:
+        limits = aiohttp.TCPConnector(limit=0, force_close=False)
+        timeout = aiohttp.ClientTimeout(total=self._config.timeout_s, connect=30)
+        roots = np.flatnonzero(self._table.parent < 0)
+        async with aiohttp.ClientSession(connector=limits, timeout=timeout, read_bufsize=2**20) as session:
+            self._session = session
+            self._start_s = time.perf_counter()
+            async with asyncio.TaskGroup() as tasks:
+                for r in roots[np.argsort(self._table.arrival_s[roots], kind="stable")]:
+                    due = float(self._table.arrival_s[r])
+                    await self._sleep_until(due)
+                    tasks.create_task(self._conversation(int(r), due))
+        return self._result()
+
+    async def _conversation(self, r: int, due: float) -> None:
+        """Send a request and, one after the other, the turns that follow it."""
+        while True:
+            self._due_s[r] = due
+            self._engine[r] = self._choose(r)
+            body, headers = self._bodies[r]
+            result = await complete(self._session, self._urls[self._engine[r]], body, headers)
+            self._results[r] = result
+            self._ended += 1
+            if self._progress is not None:
+                self._progress(self._ended / len(self._table))
+            child = int(self._child[r])
+            if child < 0 or result.error:
+                return
+            r, due = child, result.last_s - self._start_s + float(self._table.think_s[child])
+            await self._sleep_until(due)
+
+    async def _sleep_until(self, due: float) -> None:
+        wait = due - (time.perf_counter() - self._start_s)
+        await asyncio.sleep(max(wait, 0.0))
+
+    def _in_turn(self, r: int) -> int:
+        self._turn += 1
+        return (self._turn - 1) % len(self._urls)
+
+    def _body(self, r: int) -> tuple[dict[str, Any], dict[str, str]]:
+        table = self._table
+        output = int(table.output_tokens[r])
+        body: dict[str, Any] = {
+            "model": self._model,
+            "prompt": prompt_tokens(table, r, self._config.vocabulary, self._salt).tolist(),
+            "max_tokens": output,
+            "ignore_eos": True,
+            "temperature": 0.0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        extra: dict[str, float] = {}
+        for name, value in (("user", table.user[r]), ("session", table.session[r])):
+            if value >= 0:
+                extra[name] = int(value)
+        if extra.get("session") is not None:
+            extra["turn"] = int(table.turn[r])
+        if np.isfinite(table.deadline_s[r]):
+            extra["deadline_s"] = float(table.deadline_s[r])
+        if np.isfinite(table.predicted_tokens[r]):
+            extra["predicted_tokens"] = float(table.predicted_tokens[r])
+        if extra:
+            body["vllm_xargs"] = extra
+        if table.user[r] >= 0:
+            body["user"] = f"user-{table.user[r]}"
+        if table.priority[r]:
+            body["priority"] = int(table.priority[r])
+        headers = {"X-Request-Id": f"servegym-{self._salt}-{r}"}
+        if table.session[r] >= 0:
+            headers["X-Session-Id"] = f"session-{table.session[r]}"
+        return body, headers
+
+    def _result(self) -> ReplayResult:
+        wall = time.perf_counter() - self._start_s
+        table = self._table
+        results = [Completion(np.nan, error="its turn never came") if one is None else one for one in self._results]
+        errors = {r: one.error for r, one in enumerate(results) if one.error}
+        if len(errors) == len(results):
+            raise EngineError(f"no request was answered; the first: {errors[0]}")
+        good = np.array([not one.error for one in results])
+        sent, first, last = (
+            np.array([getattr(one, name) for one in results]) - self._start_s
+            for name in ("sent_s", "first_s", "last_s")
+        )
+        output = np.array([one.output_tokens for one in results])
+        finish = np.where(good, last, np.nan)
+        gaps = np.where(output > 1, output - 1, np.nan)
+        outcome = RunOutcome(
+            arrival_s=np.where(np.isnan(self._due_s), table.arrival_s, self._due_s),
+            ttft_s=np.where(good, first - self._due_s, np.nan),
+            tpot_s=np.where(good, (last - first) / gaps, np.nan),
+            e2e_s=finish - self._due_s,
+            finish_s=finish,
+            prompt_tokens=table.prompt_tokens,
+            output_tokens=output.astype(np.int32),
+            deadline_s=table.deadline_s,
+            engine=np.where(good, self._engine, -1).astype(np.int32),
+            preemptions=np.zeros(len(table), dtype=np.int32),
+            hit_tokens=np.array([one.hit_tokens for one in results], dtype=np.int32),
+        )
+        return ReplayResult(outcome, sent - self._due_s, errors, wall)
+
+
+def check_urls(urls: tuple[str, ...]) -> None:
+    """Make sure that there is somebody to send to.
+
+    Raises:
+        InputError: no URL.
+    """
+    if not urls:
+        raise InputError("replay", "urls", "missing; allowed: --url, --cluster, or urls in the config")

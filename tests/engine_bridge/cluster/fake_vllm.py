@@ -1,0 +1,92 @@
+"""Stands for an environment's interpreter with vLLM: a tiny server with the paths that we use, and faults on demand.
+
+The environment variable FAKE_VLLM holds JSON: ``crash`` (end at once, after some words), ``broken`` (healthy, completes
+nothing), ``ttft_s``, ``itl_s``, ``fail_every`` (503 to each n-th streamed request), ``cut`` (streams break off).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+OPTIONS: dict[str, Any] = json.loads(os.environ.get("FAKE_VLLM", "{}"))
+STREAMED = 0
+
+
+def _argument(name: str) -> str:
+    return sys.argv[sys.argv.index(name) + 1]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self._answer(200, {"data": [{"id": _argument("--served-model-name")}]})
+        else:
+            self._answer(200, None)
+
+    def do_POST(self) -> None:
+        global STREAMED
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if OPTIONS.get("broken"):
+            self._answer(500, {"error": "broken"})
+        elif not body.get("stream"):
+            self._answer(200, {"choices": [{"text": "a"}]})
+        else:
+            STREAMED += 1
+            if OPTIONS.get("fail_every") and STREAMED % OPTIONS["fail_every"] == 0:
+                self._answer(503, {"error": "busy"})
+            else:
+                self._stream(body)
+
+    def _answer(self, status: int, content: Any) -> None:
+        data = b"" if content is None else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _stream(self, body: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        time.sleep(OPTIONS.get("ttft_s", 0.01))
+        for token in range(body["max_tokens"]):
+            time.sleep(OPTIONS.get("itl_s", 0.001) if token else 0.0)
+            self._event({"choices": [{"text": "a"}]})
+            if OPTIONS.get("cut") and token == 2:
+                self.close_connection = True
+                return
+        usage = {"completion_tokens": body["max_tokens"], "prompt_tokens_details": {"cached_tokens": 3}}
+        self._event({"choices": [], "usage": usage})
+        self._chunk(b"data: [DONE]\n\n")
+        self._chunk(b"")
+
+    def _event(self, content: Any) -> None:
+        self._chunk(b"data: " + json.dumps(content).encode() + b"\n\n")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+
+if __name__ == "__main__":
+    if OPTIONS.get("crash"):
+        print("loading the model\nout of memory, alas", flush=True)
+        sys.exit(3)
+    # A child of its own, as vLLM has, which ends only if somebody ends it.
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(2, signal.SIG_IGN); signal.pause()"])
+    server = ThreadingHTTPServer(("127.0.0.1", int(_argument("--port"))), Handler)
+    server.daemon_threads = True
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    server.serve_forever()
