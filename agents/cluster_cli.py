@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -73,6 +74,33 @@ def order(
 
     version = _find(name, folder).set_request_policy(PolicySpec.parse(policy))
     _say(f"cluster {name}: ordered by {policy}, version {version}")
+
+
+@cluster_app.command()
+def record(
+    name: Annotated[str, typer.Argument(help="The cluster's name; its file needs experts: true.")],
+    out: Annotated[Path, typer.Option(help="File to write, .npz.")],
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 30.0,
+    engine: Annotated[int, typer.Option(min=0, help="Which engine.")] = 0,
+    folder: Folder = None,
+) -> None:
+    """Record which experts the tokens of an engine go to, for the simulator's expert model (experts.routing: {source: recorded, path: FILE})."""
+    import time
+
+    from servegym.engine_bridge.experts import LiveExperts
+    from servegym.errors import InputError
+
+    engines = _find(name, folder).engines
+    if engine >= len(engines):
+        raise InputError("--engine", str(engine), f"allowed: 0 to {len(engines) - 1}")
+    if not out.parent.is_dir() or out.suffix != ".npz":
+        raise InputError("--out", str(out), "allowed: a .npz file in a folder that exists")
+    experts = LiveExperts(engines[engine].url)
+    layers, count = experts.start(keep=True)
+    _say(f"recording {layers} layers of {count} experts for {seconds:g} s; Ctrl-C ends it")
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(seconds)
+    _say(f"{experts.save_trace(out):,} tokens written to {out}")
 
 
 def _find(name: str, folder: Path | None) -> LiveCluster:

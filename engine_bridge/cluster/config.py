@@ -40,6 +40,9 @@ class ClusterFile(Config):
         default=None,
         description="order of the waiting queues, by our scheduler class in the engines; none: vLLM's own",
     )
+    experts: bool = Field(
+        default=False, description="count routed experts and move them, by our extension of the engines' workers"
+    )
     prefill_tokens_per_s: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="measured prefill rate of an engine, for policies that estimate time"
     )
@@ -74,4 +77,6 @@ class ClusterFile(Config):
                 raise ValueError(f"as many {name} as engines ({self.engines}), got {len(values)}")
         if len(set(self.ports)) < len(self.ports):
             raise ValueError("ports that differ")
+        if self.experts and self.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError("experts: true on loopback only: whoever reaches the engine could call into it")
         return self

@@ -39,6 +39,8 @@ from servegym.errors import InputError
 
 STATE = "state.json"
 POLICY = "policy.json"
+PLUGIN = "servegym.engine_bridge.vllm_plugin.plugin:register"
+WORKER = "servegym.engine_bridge.vllm_plugin.worker.ExpertExtension"
 SCHEDULER = "servegym.engine_bridge.vllm_plugin.scheduler.PolicyAsyncScheduler"
 
 Say = Callable[[str], None]
@@ -211,9 +213,14 @@ def _command(file: ClusterFile, folder: Path, index: int) -> EngineCommand:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = file.cores[index]
     if file.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = file.gpus[index]
+    if file.request_policy is not None or file.experts:
+        environment |= _import_path(folder)
     if file.request_policy is not None:
         arguments.setdefault("scheduler-cls", SCHEDULER)
         environment |= _shim_environment(file, folder, index)
+    if file.experts:
+        arguments.setdefault("worker-extension-cls", WORKER)
+        environment["VLLM_SERVER_DEV_MODE"] = "1"
     argv = (find_python(file.python), "-m", SERVER, *vllm_arguments(arguments))
     return EngineCommand(
         f"http://{file.host}:{port}", served, argv, environment | file.environment, folder / f"engine-{index}.log"
@@ -224,18 +231,23 @@ def _served_name(file: ClusterFile) -> str:
     return file.served_model_name or Path(file.model).name
 
 
-def _shim_environment(file: ClusterFile, folder: Path, index: int) -> dict[str, str]:
-    """Make our package importable in the engine, and nothing else of this environment."""
-    package = Path(servegym.__file__).parent
+def _import_path(folder: Path) -> dict[str, str]:
+    """Make our package and its plugin importable in the engine, and nothing else of this environment."""
     link = folder / "import" / "servegym"
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink():
-        link.symlink_to(package, target_is_directory=True)
-    path = os.pathsep.join(filter(None, (str(link.parent.resolve()), os.environ.get("PYTHONPATH"))))
+        link.symlink_to(Path(servegym.__file__).parent, target_is_directory=True)
+    metadata = link.with_name(f"servegym-{servegym.__version__}.dist-info")
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: servegym\nVersion: {servegym.__version__}\n")
+    (metadata / "entry_points.txt").write_text(f"[vllm.general_plugins]\nservegym = {PLUGIN}\n")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(link.parent.resolve()), os.environ.get("PYTHONPATH"))))}
+
+
+def _shim_environment(file: ClusterFile, folder: Path, index: int) -> dict[str, str]:
     shim = _shim_file(folder, index)
     shim.unlink(missing_ok=True)
     environment = {
-        "PYTHONPATH": path,
         POLICY_VARIABLE: str((folder / POLICY).resolve()),
         STATE_VARIABLE: str(shim.resolve()),
     }
