@@ -84,7 +84,7 @@ def record(
     engine: Annotated[int, typer.Option(min=0, help="Which engine.")] = 0,
     folder: Folder = None,
 ) -> None:
-    """Record which experts the tokens of an engine go to, for the simulator's expert model (experts.routing: {source: recorded, path: FILE})."""
+    """Record which experts the tokens of an engine go to; the simulator reads it (experts.routing, source recorded)."""
     import time
 
     from servegym.engine_bridge.experts import LiveExperts
