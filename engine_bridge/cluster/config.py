@@ -43,6 +43,9 @@ class ClusterFile(Config):
     experts: bool = Field(
         default=False, description="count routed experts and move them, by our extension of the engines' workers"
     )
+    expert_policy: PolicySpec | None = Field(
+        default=None, description="in place of EPLB's policy, on GPUs with enable-eplb among the arguments"
+    )
     prefill_tokens_per_s: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="measured prefill rate of an engine, for policies that estimate time"
     )

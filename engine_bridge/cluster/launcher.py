@@ -34,6 +34,7 @@ from servegym.engine_bridge.cluster.engine import (
     stop_groups,
     vllm_arguments,
 )
+from servegym.engine_bridge.vllm_plugin.eplb import POLICY_VARIABLE as EPLB_VARIABLE
 from servegym.engine_bridge.vllm_plugin.protocol import POLICY_VARIABLE, RATE_VARIABLE, STATE_VARIABLE, write_policy
 from servegym.errors import InputError
 
@@ -213,8 +214,10 @@ def _command(file: ClusterFile, folder: Path, index: int) -> EngineCommand:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = file.cores[index]
     if file.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = file.gpus[index]
-    if file.request_policy is not None or file.experts:
+    if file.request_policy is not None or file.expert_policy is not None or file.experts:
         environment |= _import_path(folder)
+    if file.expert_policy is not None:
+        environment[EPLB_VARIABLE] = str(file.expert_policy)
     if file.request_policy is not None:
         arguments.setdefault("scheduler-cls", SCHEDULER)
         environment |= _shim_environment(file, folder, index)

@@ -1,5 +1,7 @@
 """vLLM's general plugin of ours: loaded in every process of an engine, and silent unless an environment variable asks.
 
+``SERVEGYM_EPLB_POLICY`` names an expert policy that takes the place of vLLM's for EPLB (:mod:`.eplb`).
+
 ``SERVEGYM_CPU_EXPERT_PARALLEL=1`` makes expert parallelism run on the CPU, for tests of mechanics: vLLM's CPU kernel
 ignores the map of local experts, and its CPU communicator lacks two collectives. Remote experts are masked, not
 skipped, so that computation per rank does not shrink: latencies mean nothing there.
@@ -7,17 +9,34 @@ skipped, so that computation per rank does not shrink: latencies mean nothing th
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
+from servegym.engine_bridge.vllm_plugin.eplb import POLICY_VARIABLE, ServegymEplb, install
+
 CPU_EXPERTS_VARIABLE = "SERVEGYM_CPU_EXPERT_PARALLEL"
+_logger = logging.getLogger("vllm.servegym")
 
 
 def register() -> None:
     """Entry point of the group ``vllm.general_plugins``; safe to call twice."""
+    if os.environ.get(POLICY_VARIABLE):
+        _install_eplb(os.environ[POLICY_VARIABLE])
     if os.environ.get(CPU_EXPERTS_VARIABLE) == "1":
         _patch_cpu_experts()
         _patch_cpu_collectives()
+
+
+def _install_eplb(policy: str) -> None:
+    """Replace EPLB's policy; where that is not possible, vLLM's own stays, and the log says why."""
+    try:
+        from vllm.distributed.eplb.policy import EPLB_POLICIES
+
+        if not issubclass(EPLB_POLICIES["default"], ServegymEplb):
+            install(policy, EPLB_POLICIES)
+    except Exception as error:
+        _logger.warning("servegym: vLLM's own placement policy stays: %s", error)
 
 
 def _patch_cpu_experts() -> None:
