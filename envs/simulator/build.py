@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,25 +21,25 @@ from servegym.baselines.interface import (
     QUEUE_COLUMNS,
     REQUEST_COLUMNS,
 )
-from servegym.envs.profiles.profile import EngineLimits, Profile, StepCost
-from servegym.envs.profiles.rates import decode_step_s, prefill_tokens_per_s
+from servegym.envs.profiles.profile import EngineLimits
 from servegym.envs.simulator.config import EngineSpec, RouterConfig, Telemetry
 from servegym.envs.simulator.experts.model import ExpertModel
 from servegym.envs.simulator.kernel.blocks import reset_pools
-from servegym.envs.simulator.kernel.progress import NEVER
 from servegym.envs.simulator.kernel.state import (
     BLOCK,
     CLUSTER,
-    ENGINE,
-    INDEX_LRU,
-    INDEX_NODE,
     NONE,
-    PENDING,
-    REQUEST,
     TELEMETRY,
 )
+from servegym.envs.simulator.records import (
+    check_fit,
+    dense,
+    engine_records,
+    prefix_index,
+    request_records,
+    step_costs,
+)
 from servegym.envs.workloads.table import RequestTable
-from servegym.errors import InputError
 
 
 class Memory:
@@ -88,12 +87,12 @@ class Memory:
         """
         check_fit(table, engines, source)
         self._owned: list[npt.NDArray[Any]] = []
-        users, user = _dense(table.user)
-        sessions, session = _dense(table.session)
-        _, template = _dense(table.template)
+        users, user = dense(table.user)
+        sessions, session = dense(table.session)
+        _, template = dense(table.template)
         size, count = len(engines), len(table)
-        self.requests = _requests(table, user, session, template)
-        self.engines = _engines(engines, order)
+        self.requests = request_records(table, user, session, template)
+        self.engines = engine_records(engines, order)
         self.cluster = np.zeros(1, dtype=CLUSTER)
         self.engine_view = np.zeros((size, ENGINE_COLUMNS), order="F")
         self.request_row = np.zeros(REQUEST_COLUMNS)
@@ -107,7 +106,7 @@ class Memory:
         self.events = np.zeros(2 * count if log_events else 0, dtype=np.int32)
         self.totals = np.zeros((count if record_totals else 0, 3))
         longest = int((table.prompt_tokens + table.output_tokens).max())
-        costs = _costs(engines, lockstep)
+        costs = step_costs(engines, lockstep)
         for record, spec, cost in zip(self.engines, engines, costs, strict=True):
             self._lay_out_engine(record, spec.limits, longest, users if served_weights else None)
             # The expert model has its own account of communication.
@@ -174,7 +173,7 @@ class Memory:
             "request_params": self.request_params,
             "charges": np.zeros(users + 1 if served_weights else 0),
         }
-        index_fields, index_arrays = _prefix_index(table, self.requests, self.engines, router or RouterConfig())
+        index_fields, index_arrays = prefix_index(table, self.requests, self.engines, router or RouterConfig())
         fields |= index_fields
         arrays |= index_arrays
         fields |= {f"{name}_at": self._own(array) for name, array in arrays.items()}
@@ -234,142 +233,3 @@ class Memory:
             record[f"{name}_at"] = self._own(np.zeros(length, dtype=dtype))
         for name, (length, dtype) in shapes.items():
             record[f"{name}_at"] = self._own(np.empty(length, dtype=dtype))
-
-
-def check_fit(table: RequestTable, engines: Sequence[EngineSpec], source: str) -> None:
-    """Make sure that every engine can serve every request alone.
-
-    Raises:
-        InputError: names the request, its tokens and the limit.
-    """
-    total = table.prompt_tokens.astype(np.int64) + table.output_tokens
-    for limit in {spec.limits for spec in engines}:
-        # The last output token needs no KV, and block 0 is vLLM's null block.
-        capacity = (limit.num_blocks - 1) * limit.block_size + 1
-        for name, allowed in (("KV cache", capacity), ("max_model_len", limit.max_model_len)):
-            if (total > allowed).any():
-                row = int((total > allowed).argmax())
-                raise InputError(
-                    source,
-                    f"requests[{row}]",
-                    f"got {table.prompt_tokens[row]} prompt + {table.output_tokens[row]} output tokens, which can never"
-                    f" fit; allowed: at most {allowed} tokens ({name} of an engine)",
-                )
-
-
-def _dense(ids: npt.NDArray[np.int32]) -> tuple[int, npt.NDArray[np.int32]]:
-    """Number ids from 0 without gaps, NONE staying NONE."""
-    if (ids < 0).all():
-        return 0, ids
-    known, dense = np.unique(ids, return_inverse=True)
-    missing = int((known < 0).sum())
-    return len(known) - missing, np.where(ids < 0, NONE, dense - missing).astype(np.int32)
-
-
-def _requests(
-    table: RequestTable,
-    users: npt.NDArray[np.int32],
-    sessions: npt.NDArray[np.int32],
-    templates: npt.NDArray[np.int32],
-) -> npt.NDArray[Any]:
-    records = np.zeros(len(table), dtype=REQUEST)
-    for name in (
-        "arrival_s",
-        "think_s",
-        "deadline_s",
-        "predicted_tokens",
-        "stream",
-        "turn",
-        "priority",
-        "template_tokens",
-    ):
-        records[name] = getattr(table, name)
-    records["prompt"] = table.prompt_tokens
-    records["output"] = table.output_tokens
-    records["user"], records["session"], records["template"] = users, sessions, templates
-    records["rank"] = np.arange(len(table))
-    records["child"] = NONE
-    followers = np.flatnonzero(table.parent >= 0)
-    records["child"][table.parent[followers]] = followers
-    if (np.diff(table.stream) <= 0).any():
-        order = np.argsort(table.stream, kind="stable")
-        same = table.stream[order][1:] == table.stream[order][:-1]
-        records["shared_stream"][order[1:][same]] = 1
-        records["shared_stream"][order[:-1][same]] = 1
-    for name in ("first_s", "finish_s"):
-        records[name] = np.nan
-    for name in ("engine", "row", "link", "heap_child"):
-        records[name] = NONE
-    records["served"] = NONE
-    records["status"] = PENDING
-    return records
-
-
-def _engines(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any]:
-    records = np.zeros(len(engines), dtype=ENGINE)
-    records["index"] = np.arange(len(engines))
-    for record, spec in zip(records, engines, strict=True):
-        limit, cost = spec.limits, _compiled(spec.profile, spec.limits.max_num_batched_tokens)
-        record["block_size"] = limit.block_size
-        record["num_blocks"] = limit.num_blocks
-        record["max_num_seqs"] = limit.max_num_seqs
-        record["max_num_batched_tokens"] = limit.max_num_batched_tokens
-        record["long_prefill_threshold"] = limit.long_prefill_token_threshold
-        record["prefix_caching"] = limit.enable_prefix_caching
-        record["priority_preemption"] = limit.scheduling_policy == "priority"
-        record["order"] = order
-        record["fixed_s"], record["sequence_s"] = cost.fixed_s, cost.sequence_s
-        record["pair_s"], record["context_s"] = cost.pair_s, cost.context_s
-        record["slowdown"] = spec.slowdown
-        record["group"] = NONE
-        record["prefill_tokens_per_s"] = prefill_tokens_per_s(spec.profile) / spec.slowdown
-        record["decode_step_s"] = decode_step_s(spec.profile) * spec.slowdown
-        record["next_finish"] = NEVER
-        record["picked"] = record["pick_budget"] = NONE
-        record["queue_head"] = record["queue_tail"] = record["front"] = record["heap"] = NONE
-        record["last_admitted"] = NONE
-        record["accepting"] = record["alive"] = record["reporting"] = 1
-    return records
-
-
-def _prefix_index(
-    table: RequestTable, requests: npt.NDArray[Any], engines: npt.NDArray[Any], router: RouterConfig
-) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Fields and arrays of the router's prefix index; nothing where no two requests can share a block."""
-    config = router.prefix_index
-    shared = table.prefix_block_tokens > 0 or (table.template >= 0).any() or requests["shared_stream"].any()
-    if config is None or not shared or not engines["prefix_caching"].any():
-        return {}, {}
-    blocks = np.minimum(table.prompt_tokens // config.block_tokens, config.max_match_blocks)
-    total = max(int(blocks.sum(dtype=np.int64)), 1)
-    capacity = min(config.capacity_blocks, total)
-    slots = 1 << (2 * min(capacity * len(engines), total)).bit_length()
-    lru = np.zeros(len(engines), dtype=INDEX_LRU)
-    lru["oldest"] = lru["newest"] = NONE
-    fields = {
-        "indexing": True,
-        "index_block_tokens": config.block_tokens,
-        "index_capacity": capacity,
-        "index_max_match": config.max_match_blocks,
-        "index_ttl_s": np.inf if config.ttl_s is None else config.ttl_s,
-        "prefix_key_blocks": router.prefix_key_blocks,
-        "index_mask": slots - 1,
-    }
-    arrays = {
-        "index_slots": np.full(slots, NONE, dtype=np.int32),
-        "index_nodes": np.empty(capacity * len(engines), dtype=INDEX_NODE),
-        "index_lru": lru,
-    }
-    return fields, arrays
-
-
-def _costs(engines: Sequence[EngineSpec], lockstep: bool) -> list[StepCost]:
-    """Tabulated step costs of each engine; in lockstep MoE layers see the tokens of all ranks."""
-    budget = max(spec.limits.max_num_batched_tokens for spec in engines) * (len(engines) if lockstep else 1)
-    return [_compiled(spec.profile, budget) for spec in engines]
-
-
-@lru_cache(maxsize=64)
-def _compiled(profile: Profile, max_tokens: int) -> StepCost:
-    """Tabulate a profile once: the kernel only reads the tables."""
-    return profile.compile(max_tokens)
