@@ -58,7 +58,9 @@ def request_records(
 
     Args:
         table: the requests.
-        users, sessions, templates: their ids, numbered without gaps.
+        users: their ids, numbered without gaps, shape (requests,).
+        sessions: the same of sessions.
+        templates: the same of templates.
     """
     records = np.zeros(len(table), dtype=REQUEST)
     for name in (
