@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 import re
 from typing import Any
 
@@ -95,8 +96,10 @@ def _described(name: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_comment(text: str) -> str:
-    line = text.partition("\n")[0]
-    return line.removeprefix("#").strip() if line.startswith("#") else ""
+    """The first sentence of the comment that a file begins with; an indented line of it is a command."""
+    lines = itertools.takewhile(lambda line: line.startswith("#") and not line.startswith("#   "), text.splitlines())
+    sentence, _, _ = " ".join(line.removeprefix("#").strip() for line in lines).partition(". ")
+    return f"{sentence.rstrip('.:')}." if sentence else ""
 
 
 def tables(content: dict[str, Any]) -> list[Table]:

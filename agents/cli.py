@@ -25,8 +25,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-app.add_typer(cluster_app, name="cluster")
-app.command("replay")(replay_command)
+# What comes with an extra.
+_EXTRAS = dict.fromkeys(("torch", "stable_baselines3", "sb3_contrib", "tensorboard", "pyarrow"), "train")
+_EXTRAS |= {"aiohttp": "live", "matplotlib": "plot"}
 
 # Click's class, which newer versions of Typer carry inside and older ones import.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -52,6 +53,11 @@ def main() -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except InputError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(str(error.name).partition(".")[0])
+        if extra is None:
+            raise
+        _fail(f"{error.name} is not installed; allowed: pip install 'servegym[{extra}]'")
     except EngineError as error:
         print(f"servegym: error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -292,3 +298,7 @@ def _with_bar(title: str, quiet: bool, run: Callable[[Callable[[float], None] | 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=1.0)
         return run(lambda share: bar.update(task, completed=share))
+
+
+app.command("replay")(replay_command)
+app.add_typer(cluster_app, name="cluster")

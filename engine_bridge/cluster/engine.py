@@ -141,8 +141,10 @@ class EngineProcess:
             time.sleep(0.5)
 
     def _error(self, what: str) -> EngineError:
-        log = self.command.log
-        return EngineError(f"the engine at {self.command.url} {what}; {log} ends with:\n{last_lines(log)}")
+        log, words = self.command.log, last_lines(self.command.log)
+        if "No module named 'vllm'" in words:
+            words += "\n  SERVEGYM_VLLM_PYTHON, or python in the cluster file, names an interpreter that has vLLM"
+        return EngineError(f"the engine at {self.command.url} {what}; {log} ends with:\n{words}")
 
 
 def stop_groups(pids: Sequence[int], timeout_s: float = 15.0) -> None:

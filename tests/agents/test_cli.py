@@ -132,6 +132,23 @@ def test_list_shows_one_entry_whole() -> None:
         assert failed.stderr.strip().endswith(line)
 
 
+@pytest.mark.parametrize(
+    ("module", "extra", "arguments"),
+    [
+        ("aiohttp", "live", ["replay", "local", "--url", "http://127.0.0.1:9"]),
+        ("torch", "train", ["train", "dispatch_ppo"]),
+    ],
+)
+def test_a_missing_extra_is_one_line(module: str, extra: str, arguments: list[str]) -> None:
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; sys.argv[1:] = {arguments!r}\n"
+        "from servegym.agents.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=_environment())
+    assert done.returncode == 2
+    assert done.stderr == f"servegym: error: {module} is not installed; allowed: pip install 'servegym[{extra}]'\n"
+
+
 def test_simulate_prints_the_contract_and_repeats_itself(folder: Path) -> None:
     first = servegym("simulate", folder / "simulate.yaml", "--policy", "engine=lmetric", "--json")
     metrics = json.loads(first.stdout)
