@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from servegym.envs.live.dispatch import ByPolicy
+    from servegym.envs.live.replay import ReplayConfig
+    from servegym.envs.workloads.table import RequestTable
 
 
 def replay_command(
@@ -18,6 +23,10 @@ def replay_command(
     url: Annotated[list[str] | None, typer.Option(help="A server; several take turns. Overrides the config.")] = None,
     cluster: Annotated[
         str | None, typer.Option(help="The engines of a cluster that runs, by its name or folder.")
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[,KEY=VALUE]", help="Engine policy that chooses the server; default: in turn."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Overrides the config's seed.")] = None,
     settings: Annotated[
@@ -42,14 +51,44 @@ def replay_command(
         TextColumn("replaying"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=as_json
     ) as bar:
         task = bar.add_task("", total=1.0)
-        result = replay(loaded.table(), urls, model, loaded, progress=lambda share: bar.update(task, completed=share))
+        table = loaded.table()
+        dispatcher = None if policy is None else _by_policy(policy, loaded, table, len(urls))
+        result = replay(
+            table,
+            urls,
+            model,
+            loaded,
+            dispatcher=dispatcher,
+            progress=lambda share: bar.update(task, completed=share),
+        )
     for r, error in list(result.errors.items())[:5]:
         print(f"request {r} failed: {error}", file=sys.stderr)
     metrics = result.metrics(loaded)
+    if dispatcher is not None:
+        metrics |= {"policy": policy, "fallbacks": dict(dispatcher.router.fallbacks)}
     if as_json:
         print(json.dumps(metrics, indent=2))
     else:
         (Console() if sys.stdout.isatty() else Console(width=110)).print(_table(metrics))
+
+
+def _by_policy(text: str, config: ReplayConfig, table: RequestTable, engines: int) -> ByPolicy:
+    import servegym.engine_bridge.bundle  # noqa: F401 - makes bundles available by path
+    from servegym.baselines.policy_spec import PolicySpec
+    from servegym.baselines.registry import create
+    from servegym.engine_bridge.router.choice import PolicyRouter
+    from servegym.engine_bridge.router.table import EngineTable
+    from servegym.envs.live.dispatch import ByPolicy
+    from servegym.errors import InputError
+
+    chosen = create("engine", PolicySpec.parse(text.removeprefix("engine=")))
+    if getattr(chosen, "needs_oracle", False):
+        raise InputError("--policy", text, "needs true output lengths, which nobody knows of live requests")
+    reset = getattr(chosen, "reset", None)
+    if reset is not None:
+        reset(config.seed)
+    router = PolicyRouter(chosen, EngineTable([config.limits] * engines))
+    return ByPolicy(router, table, config.seed, config.telemetry_period_s)
 
 
 def _cluster(name: str) -> tuple[tuple[str, ...], str]:
@@ -73,5 +112,6 @@ def _table(metrics: dict[str, Any]) -> Table:
         f"{metrics['throughput_rps']:.2f} requests/s, {metrics['output_tokens_per_s']:,.0f} output tokens/s,"
         f" goodput {metrics['goodput_rps']:.2f}/s\n"
         f"requests by engine: {', '.join(str(engine['requests']) for engine in metrics['per_engine'])}"
+        + (f"\nby {metrics['policy']}, {sum(metrics['fallbacks'].values())} fallbacks" if "policy" in metrics else "")
     )
     return table

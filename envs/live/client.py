@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,11 @@ class Completion:
 
 
 async def complete(
-    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], headers: Mapping[str, str]
+    session: aiohttp.ClientSession,
+    url: str,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str],
+    on_first: Callable[[float], None] = lambda now_s: None,
 ) -> Completion:
     """Send one streamed completion request and read its answer to the end; failures are part of the result.
 
@@ -44,6 +48,7 @@ async def complete(
         url: server, without path.
         body: of ``/v1/completions``, with ``stream`` and ``stream_options.include_usage``.
         headers: of the request.
+        on_first: called when the first token arrives, with that time.
     """
     result = Completion(time.perf_counter())
     try:
@@ -52,7 +57,7 @@ async def complete(
             if response.status != 200:
                 result.error = f"HTTP {response.status}: {(await response.text())[:200]}"
                 return result
-            done = await _read(response, result)
+            done = await _read(response, result, on_first)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         result.error = f"{type(error).__name__}: {error}"
         return result
@@ -61,7 +66,7 @@ async def complete(
     return result
 
 
-async def _read(response: aiohttp.ClientResponse, result: Completion) -> bool:
+async def _read(response: aiohttp.ClientResponse, result: Completion, on_first: Callable[[float], None]) -> bool:
     """Read server-sent events; True if the stream came to its proper end."""
     async for line in response.content:
         if not line.startswith(b"data:"):
@@ -77,6 +82,7 @@ async def _read(response: aiohttp.ClientResponse, result: Completion) -> bool:
         if event.get("choices"):
             if result.first_s != result.first_s:
                 result.first_s = now
+                on_first(now)
             result.last_s = now
         usage = event.get("usage")
         if usage:

@@ -19,7 +19,9 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from servegym.configuration import Config
+from servegym.engine_bridge.router.table import EngineLimits
 from servegym.envs.live.client import Completion, complete
+from servegym.envs.live.dispatch import Dispatcher, InTurn
 from servegym.envs.live.tokens import prompt_tokens
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.simulation import Objectives
@@ -27,8 +29,6 @@ from servegym.envs.simulator.metrics import RunOutcome, summary
 from servegym.envs.workloads.generation import LengthScale, generate
 from servegym.envs.workloads.table import RequestTable
 from servegym.errors import EngineError, InputError
-
-Choose = Callable[[int], int]
 
 
 class ReplayConfig(Config):
@@ -42,6 +42,10 @@ class ReplayConfig(Config):
     max_tokens: Annotated[int, Field(ge=2)] = Field(default=4000, description="prompt + output, at most")
     vocabulary: Annotated[int, Field(ge=2)] = Field(default=256, description="prompts have token ids below this")
     timeout_s: Annotated[float, Field(gt=0)] = Field(default=600.0, description="of one request")
+    limits: EngineLimits = Field(default=EngineLimits(), description="of the engines, for engine policies")
+    telemetry_period_s: Annotated[float, Field(gt=0)] = Field(
+        default=0.25, description="between two readings of an engine's metrics, for engine policies"
+    )
     slo: Objectives = Objectives()
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="share of the first requests that is not counted"
@@ -110,7 +114,7 @@ def replay(
     model: str,
     config: ReplayConfig,
     *,
-    choose: Choose | None = None,
+    dispatcher: Dispatcher | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> ReplayResult:
     """Send all requests and wait for the last answer.
@@ -120,13 +124,13 @@ def replay(
         urls: servers.
         model: name in requests.
         config: token values, timeouts.
-        choose: returns the index of the server for a request when it is due; default: in turn.
+        dispatcher: chooses the server of each request when it is due; default: in turn.
         progress: called now and then with the share of requests that have ended.
 
     Raises:
         EngineError: no request at all was answered.
     """
-    return asyncio.run(_Replayer(table, urls, model, config, choose, progress).run())
+    return asyncio.run(_Replayer(table, urls, model, config, dispatcher or InTurn(len(urls)), progress).run())
 
 
 class _Replayer:
@@ -136,14 +140,14 @@ class _Replayer:
         urls: tuple[str, ...],
         model: str,
         config: ReplayConfig,
-        choose: Choose | None,
+        dispatcher: Dispatcher,
         progress: Callable[[float], None] | None,
     ) -> None:
         self._table, self._urls, self._model, self._config = table, urls, model, config
-        self._choose = choose or self._in_turn
+        self._dispatcher = dispatcher
         self._progress = progress
         count = len(table)
-        self._turn = self._ended = 0
+        self._ended = 0
         self._due_s = np.full(count, np.nan)
         self._engine = np.full(count, -1, dtype=np.int32)
         self._results: list[Completion | None] = [None] * count
@@ -153,6 +157,7 @@ class _Replayer:
         # Other tokens than in any replay before: the engines may still have those cached.
         self._salt = time.time_ns()
         # Written before the clock starts, so that making them delays nobody.
+        self._tokens = [prompt_tokens(table, r, config.vocabulary, self._salt) for r in range(count)]
         self._bodies = [self._body(r) for r in range(count)]
 
     async def run(self) -> ReplayResult:
@@ -162,20 +167,20 @@ class _Replayer:
         async with aiohttp.ClientSession(connector=limits, timeout=timeout, read_bufsize=2**20) as session:
             self._session = session
             self._start_s = time.perf_counter()
+            watching = asyncio.create_task(self._dispatcher.watch(session, self._urls, self._start_s))
             async with asyncio.TaskGroup() as tasks:
                 for r in roots[np.argsort(self._table.arrival_s[roots], kind="stable")]:
                     due = float(self._table.arrival_s[r])
                     await self._sleep_until(due)
                     tasks.create_task(self._conversation(int(r), due))
+            watching.cancel()
         return self._result()
 
     async def _conversation(self, r: int, due: float) -> None:
         """Send a request and, one after the other, the turns that follow it."""
         while True:
             self._due_s[r] = due
-            self._engine[r] = self._choose(r)
-            body, headers = self._bodies[r]
-            result = await complete(self._session, self._urls[self._engine[r]], body, headers)
+            result = await self._one(r)
             self._results[r] = result
             self._ended += 1
             if self._progress is not None:
@@ -190,16 +195,30 @@ class _Replayer:
         wait = due - (time.perf_counter() - self._start_s)
         await asyncio.sleep(max(wait, 0.0))
 
-    def _in_turn(self, r: int) -> int:
-        self._turn += 1
-        return (self._turn - 1) % len(self._urls)
+    async def _one(self, r: int) -> Completion:
+        start_s, heard = self._start_s, self._dispatcher
+        engine = heard.dispatch(r, time.perf_counter() - start_s, self._tokens[r])
+        self._engine[r] = engine
+        body, headers = self._bodies[r]
+        result = await complete(
+            self._session,
+            self._urls[engine],
+            body,
+            headers,
+            lambda now_s: heard.first_token(r, engine, now_s - start_s),
+        )
+        if result.error:
+            heard.lost(r)
+        else:
+            heard.finished(r, engine, result.last_s - start_s, result.output_tokens)
+        return result
 
     def _body(self, r: int) -> tuple[dict[str, Any], dict[str, str]]:
         table = self._table
         output = int(table.output_tokens[r])
         body: dict[str, Any] = {
             "model": self._model,
-            "prompt": prompt_tokens(table, r, self._config.vocabulary, self._salt).tolist(),
+            "prompt": self._tokens[r].tolist(),
             "max_tokens": output,
             "ignore_eos": True,
             "temperature": 0.0,

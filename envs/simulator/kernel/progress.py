@@ -116,9 +116,6 @@ def first_token(s: State, engine: Engine, r: int, now: float) -> None:
     log_event(s, 2 * r)
     engine.prefill_requests -= 1
     engine.prefill_tokens -= request.prompt
-    late = now - request.arrival_s - request.deadline_s
-    if late > 0:
-        engine.integral_late += late
     if request.output > 1:
         engine.tpot_rate += 1.0 / (request.output - 1)
     ttft = now - request.arrival_s

@@ -174,7 +174,6 @@ ENGINE = np.dtype(
         ("integral_inflight", "f8"),
         ("integral_tpot", "f8"),
         ("tpot_rate", "f8"),  # sum of 1 / (output - 1) over decoding requests
-        ("integral_late", "f8"),
         # Statistics.
         ("busy_s", "f8"),
         ("steps", "i8"),

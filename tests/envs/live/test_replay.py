@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 from support import random_table, session_table
 
+from servegym.baselines.interface import RequestView
+from servegym.baselines.registry import create
 from servegym.configuration import validate
 from servegym.engine_bridge.cluster.config import ClusterFile
+from servegym.engine_bridge.cluster.engine import stop_groups
 from servegym.engine_bridge.cluster.launcher import running_cluster
+from servegym.engine_bridge.router.choice import PolicyRouter
+from servegym.engine_bridge.router.table import EngineLimits, EngineTable
+from servegym.envs.live.dispatch import ByPolicy
 from servegym.envs.live.replay import ReplayConfig, replay
 from servegym.envs.live.tokens import prompt_tokens
 from servegym.envs.workloads.table import RequestTable
@@ -116,3 +122,42 @@ def test_bad_configs_are_one_line(content: dict[str, object], line: str) -> None
     with pytest.raises(InputError, match=r"^[^\n]+$") as caught:
         validate(ReplayConfig, content, "replay.yaml")
     assert line in str(caught.value)
+
+
+def test_a_policy_chooses_by_what_the_router_saw(fake_cluster: Make, tmp_path: Path) -> None:
+    table = random_table(5, 80, rate_rps=80.0, user=np.arange(80) % 4, session=np.arange(80) % 4)
+    with running_cluster(fake_cluster({"ttft_s": 0.02}), tmp_path) as cluster:
+        results = {}
+        for spec in ("session_sticky", "least_requests"):
+            router = PolicyRouter(create("engine", spec), EngineTable([EngineLimits()] * 2))
+            results[spec] = replay(table, urls(cluster), cluster.model, CONFIG, dispatcher=ByPolicy(router, table))
+            assert not router.fallbacks
+            assert router.decisions == 80
+            view = router.table.view(RequestView(999, 0.0, 0.0, 10))
+            assert not view.inflight.any()
+            assert (view.ttft_ewma_s > 0.02).all()
+    sticky = results["session_sticky"].outcome.engine
+    assert all(len(set(sticky[table.session == session])) == 1 for session in range(4))
+    assert 25 < np.bincount(results["least_requests"].outcome.engine)[0] < 55
+
+
+def test_an_engine_that_dies_is_left_out_after_two_readings(fake_cluster: Make, tmp_path: Path) -> None:
+    table = random_table(6, 120, rate_rps=40.0)
+    config = CONFIG.model_copy(update={"telemetry_period_s": 0.1})
+    with running_cluster(fake_cluster({"ttft_s": 0.02}), tmp_path) as cluster:
+        router = PolicyRouter(create("engine", "round_robin"), EngineTable([EngineLimits()] * 2))
+
+        def kill(share: float) -> None:
+            if share > 0.3 and cluster.engines[0].pid is not None:
+                stop_groups([cluster.engines[0].pid], timeout_s=0.0)
+
+        result = replay(
+            table,
+            urls(cluster),
+            cluster.model,
+            config,
+            dispatcher=ByPolicy(router, table, period_s=0.1),
+            progress=kill,
+        )
+    assert 0 < len(result.errors) < 40
+    assert (result.outcome.engine[-40:] == 1).all()

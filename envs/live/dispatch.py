@@ -1,0 +1,134 @@
+"""Who a replayed request is sent to: engines in turn, or as an engine policy wants it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import aiohttp
+import numpy as np
+import numpy.typing as npt
+
+from servegym.baselines.interface import RequestView
+from servegym.engine_bridge.router.choice import PolicyRouter
+from servegym.engine_bridge.router.telemetry import watch
+from servegym.envs.workloads.table import RequestTable
+from servegym.errors import EngineError
+
+
+class Dispatcher(Protocol):
+    """Chooses engines and hears what becomes of the requests. Times are on the replay's clock."""
+
+    def dispatch(self, r: int, now_s: float, tokens: npt.NDArray[np.int64]) -> int:
+        """Return the engine of request ``r``, which is due now."""
+
+    def first_token(self, r: int, engine: int, now_s: float) -> None:
+        """Hear of a first token."""
+
+    def finished(self, r: int, engine: int, now_s: float, output_tokens: int) -> None:
+        """Hear of a request's end."""
+
+    def lost(self, r: int) -> None:
+        """Hear of a request's failure."""
+
+    async def watch(self, session: aiohttp.ClientSession, urls: Sequence[str], start_s: float) -> None:
+        """Look at the engines until cancelled."""
+
+
+class InTurn:
+    """Round robin by the order of sending."""
+
+    def __init__(self, engines: int) -> None:
+        self._engines = engines
+        self._sent = 0
+
+    def dispatch(self, r: int, now_s: float, tokens: npt.NDArray[np.int64]) -> int:
+        """Return the next engine."""
+        self._sent += 1
+        return (self._sent - 1) % self._engines
+
+    def first_token(self, r: int, engine: int, now_s: float) -> None:
+        """Nothing to learn."""
+
+    def finished(self, r: int, engine: int, now_s: float, output_tokens: int) -> None:
+        """Nothing to learn."""
+
+    def lost(self, r: int) -> None:
+        """Nothing to learn."""
+
+    async def watch(self, session: aiohttp.ClientSession, urls: Sequence[str], start_s: float) -> None:
+        """Nothing to see."""
+
+
+class ByPolicy:
+    """The choice of a policy, on the router's counters and the engines' telemetry.
+
+    Args:
+        router: policy and engines.
+        table: the requests.
+        seed: of the draws that randomised policies use.
+        period_s: between two readings of an engine's telemetry.
+    """
+
+    def __init__(self, router: PolicyRouter, table: RequestTable, seed: int = 0, period_s: float = 0.25) -> None:
+        self.router = router
+        self._table = table
+        self._seed = seed
+        self._period_s = period_s
+
+    def dispatch(self, r: int, now_s: float, tokens: npt.NDArray[np.int64]) -> int:
+        """Return the policy's engine.
+
+        Raises:
+            EngineError: no engine is available.
+        """
+        table = self._table
+        draws = np.random.default_rng([self._seed, r]).random(2)
+        request = RequestView(
+            index=r,
+            now_s=now_s,
+            arrival_s=now_s,
+            prompt_tokens=len(tokens),
+            priority=int(table.priority[r]),
+            user=int(table.user[r]),
+            session=int(table.session[r]),
+            turn=int(table.turn[r]),
+            deadline_s=float(table.deadline_s[r]),
+            last_engine=self.router.table.last_engine,
+            uniforms=(float(draws[0]), float(draws[1])),
+        )
+        engine = self.router.dispatch(request, block_hashes(tokens, self.router.table.prefixes.config.block_tokens))
+        if engine < 0:
+            raise EngineError("no engine answers")
+        return engine
+
+    def first_token(self, r: int, engine: int, now_s: float) -> None:
+        """Tell the router."""
+        self.router.first_token(r, engine, now_s)
+
+    def finished(self, r: int, engine: int, now_s: float, output_tokens: int) -> None:
+        """Tell the router."""
+        self.router.finished(r, engine, now_s, output_tokens)
+
+    def lost(self, r: int) -> None:
+        """Tell the router."""
+        self.router.lost(r)
+
+    async def watch(self, session: aiohttp.ClientSession, urls: Sequence[str], start_s: float) -> None:
+        """Read the engines' telemetry."""
+        await watch(session, urls, self.router.table, period_s=self._period_s, start_s=start_s)
+
+
+def block_hashes(tokens: npt.NDArray[np.int64], block_tokens: int, most: int = 256) -> list[bytes]:
+    """Return a hash per full block of a prompt, of the block and all before it; of the first ``most`` blocks.
+
+    >>> one, two = (block_hashes(np.array(row), 2) for row in ([1, 2, 3, 4, 5], [1, 2, 9, 4]))
+    >>> len(one), one[0] == two[0], one[1] == two[1]
+    (2, True, False)
+    """
+    hashes, so_far = [], hashlib.blake2b(digest_size=8)
+    for block in range(min(len(tokens) // block_tokens, most)):
+        so_far.update(tokens[block * block_tokens : (block + 1) * block_tokens].tobytes())
+        hashes.append(so_far.copy().digest())
+    return hashes
