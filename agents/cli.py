@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from servegym.agents.cluster_cli import cluster_app
+from servegym.agents.deploy_cli import deploy_app
 from servegym.agents.replay_cli import replay_command
 from servegym.errors import EngineError, InputError
 
@@ -27,7 +28,7 @@ app = typer.Typer(
 
 # What comes with an extra.
 _EXTRAS = dict.fromkeys(("torch", "stable_baselines3", "sb3_contrib", "tensorboard", "pyarrow"), "train")
-_EXTRAS |= {"aiohttp": "live", "matplotlib": "plot"}
+_EXTRAS |= dict.fromkeys(("aiohttp", "grpc", "google", "prometheus_client"), "live") | {"matplotlib": "plot"}
 
 # Click's class, which newer versions of Typer carry inside and older ones import.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -302,3 +303,4 @@ def _with_bar(title: str, quiet: bool, run: Callable[[Callable[[float], None] | 
 
 app.command("replay")(replay_command)
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(deploy_app, name="deploy")

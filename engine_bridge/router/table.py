@@ -156,6 +156,19 @@ class EngineTable:
         if blocks:
             self.prefixes.insert(engine, blocks, request.now_s)
 
+    def moved(self, index: int, engine: int) -> None:
+        """Note that another engine serves a request than it was first sent to."""
+        flight = self._flights.get(index)
+        if flight is None or flight.engine == engine:
+            return
+        waits = flight.first_s is None
+        for row, sign in ((self._data[flight.engine], -1), (self._data[engine], 1)):
+            row[E_INFLIGHT] += sign
+            row[E_INFLIGHT_PROMPT_TOKENS] += sign * flight.prompt_tokens
+            row[E_PREFILL_REQUESTS] += sign * waits
+            row[E_PREFILL_TOKENS] += sign * waits * flight.prompt_tokens
+        flight.engine = engine
+
     def first_token(self, index: int, now_s: float) -> None:
         """Note that a request got its first token."""
         flight = self._flights.get(index)
@@ -186,6 +199,15 @@ class EngineTable:
         if flight.first_s is None:
             row[E_PREFILL_REQUESTS] -= 1
             row[E_PREFILL_TOKENS] -= flight.prompt_tokens
+
+    @property
+    def data(self) -> FloatArray:
+        """The columns ``E_*`` as they are, shape (engines, ENGINE_COLUMNS), for a look only."""
+        return self._data
+
+    def telemetry_age_s(self, now_s: float) -> FloatArray:
+        """Return the age of each engine's telemetry, shape (engines,)."""
+        return now_s - self._sampled_s
 
     def sampled(self, engine: int, sample: EngineSample, taken_s: float) -> None:
         """Take in what an engine said of itself at a time."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import aiohttp
 
+from servegym.engine_bridge.router.health import Health
 from servegym.engine_bridge.router.table import EngineSample, EngineTable
 
 # vLLM's names, newest first.
@@ -49,44 +50,39 @@ async def watch(
     session: aiohttp.ClientSession,
     urls: Sequence[str],
     table: EngineTable,
+    health: Health,
     *,
     period_s: float = 0.25,
     timeout_s: float = 1.0,
-    start_s: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Keep a table's telemetry fresh until cancelled.
-
-    Two failed readings in a row take an engine out of the choice, unless it is the last one; a good one brings it back.
+    """Keep a table's telemetry fresh, and tell whether the engines answer, until cancelled.
 
     Args:
         session: HTTP connections.
         urls: of the engines, in the order of the table.
         table: the engines.
+        health: hears of each reading, good or not.
         period_s: between two readings of an engine; the engines take their turns within it.
         timeout_s: of a reading.
-        start_s: what the table's clock is zero at, in ``time.perf_counter()`` seconds.
+        clock: the table's.
     """
-    failed = [0] * len(urls)
 
     async def one(engine: int) -> None:
         await asyncio.sleep(period_s * engine / len(urls))
         while True:
-            begun = time.perf_counter()
+            begun = clock()
             try:
                 timeout = aiohttp.ClientTimeout(total=timeout_s)
                 async with session.get(f"{urls[engine]}/metrics", timeout=timeout) as response:
                     response.raise_for_status()
                     sample = parse_metrics(await response.text())
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-                failed[engine] += 1
-                others = any(count < 2 for other, count in enumerate(failed) if other != engine)
-                if failed[engine] >= 2 and others:
-                    table.set_available(engine, False)
+                health.probed(engine, False, clock())
             else:
-                failed[engine] = 0
-                table.set_available(engine, True)
-                table.sampled(engine, sample, begun - start_s)
-            await asyncio.sleep(max(period_s - (time.perf_counter() - begun), 0.0))
+                table.sampled(engine, sample, begun)
+                health.probed(engine, True, clock())
+            await asyncio.sleep(max(period_s - (clock() - begun), 0.0))
 
     async with asyncio.TaskGroup() as tasks:
         for engine in range(len(urls)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from servegym.baselines.interface import RequestView
 from servegym.engine_bridge.router.choice import PolicyRouter
+from servegym.engine_bridge.router.health import Health
 from servegym.engine_bridge.router.telemetry import watch
 from servegym.envs.workloads.table import RequestTable
 from servegym.errors import EngineError
@@ -117,7 +119,10 @@ class ByPolicy:
 
     async def watch(self, session: aiohttp.ClientSession, urls: Sequence[str], start_s: float) -> None:
         """Read the engines' telemetry."""
-        await watch(session, urls, self.router.table, period_s=self._period_s, start_s=start_s)
+        table = self.router.table
+        await watch(
+            session, urls, table, Health(table), period_s=self._period_s, clock=lambda: time.perf_counter() - start_s
+        )
 
 
 def block_hashes(tokens: npt.NDArray[np.int64], block_tokens: int, most: int = 256) -> list[bytes]:

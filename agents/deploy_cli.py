@@ -1,0 +1,271 @@
+"""``servegym deploy``: a policy before live engines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+from rich.console import Console
+from rich.table import Table
+
+from servegym.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    from servegym.baselines.policy_spec import PolicySpec
+    from servegym.engine_bridge.cluster.config import ClusterFile
+    from servegym.engine_bridge.cluster.launcher import LiveCluster
+    from servegym.engine_bridge.gateway.config import DeployConfig
+    from servegym.engine_bridge.gateway.static_key import StaticKey
+
+_COMMANDS = ("run", "status", "swap", "drain", "readmit", "stop")
+
+
+class _RunByDefault(typer.core.TyperGroup):
+    """Lets ``deploy POLICY ...`` stand for ``deploy run POLICY ...``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*_COMMANDS, "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+deploy_app = typer.Typer(
+    cls=_RunByDefault,
+    help="Put a policy before live engines. `deploy POLICY` is short for `deploy run POLICY`.",
+    no_args_is_help=True,
+)
+
+Name = Annotated[str, typer.Option(help="The deployment's name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; messages go to stderr.")]
+
+
+@deploy_app.command()
+def run(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="An engine policy by name, or a policy bundle.")],
+    cluster: Annotated[
+        str,
+        typer.Option(help="A cluster that runs, by name; or a cluster file, whose engines are started or attached to."),
+    ],
+    config: Annotated[str | None, typer.Option(help="A deployment file (kind deploy) by name, or a path.")] = None,
+    request_policy: Annotated[
+        str | None, typer.Option(metavar="NAME[,KEY=VALUE]", help="Order of the engines' waiting queues.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="shadow, canary or full.")] = None,
+    percent: Annotated[float | None, typer.Option(help="Of sessions, for a canary.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Engine policy that acts where POLICY does not.")] = None,
+    listen: Annotated[str | None, typer.Option(help="Address of the endpoint, 127.0.0.1:8000.")] = None,
+    name: Annotated[str | None, typer.Option(help="Names state and logs in runs/deploy.")] = None,
+    no_envoy: Annotated[
+        bool, typer.Option("--no-envoy", help="Only the Endpoint Picker, for a gateway that brings its own Envoy.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: limits.in_flight=100.")
+    ] = None,
+) -> None:
+    """Serve the engines of a cluster behind one OpenAI-compatible endpoint, by a policy, until Ctrl-C."""
+    from servegym.engine_bridge.gateway.serve import serve
+
+    given = {
+        "policy": policy.removeprefix("engine="),
+        "request_policy": request_policy,
+        "mode": mode,
+        "percent": percent,
+        "baseline": baseline,
+        "listen": listen,
+        "name": name,
+    }
+    loaded = _load(config, {key: value for key, value in given.items() if value is not None}, settings or [])
+    with _engines(cluster, loaded.request_policy) as live, contextlib.suppress(asyncio.CancelledError):
+        key = _request_level(live, loaded)
+        facts = {"cluster": live.name, "model": live.model}
+        facts |= {"request_policy": str(loaded.request_policy)} if loaded.request_policy else {}
+        urls = [engine.url for engine in live.engines]
+        asyncio.run(
+            serve(loaded, _folder(loaded.name), urls, static_key=key, with_envoy=not no_envoy, facts=facts, say=_say)
+        )
+
+
+@deploy_app.command()
+def status(name: Name = "default", as_json: Json = False) -> None:
+    """Show a deployment: its policy, mode and engines."""
+    content = _call(name, "/status")
+    if as_json:
+        print(json.dumps(content, indent=1))
+        return
+    share = f" {content['percent']:g} %" if content["percent"] else ""
+    title = (
+        f"{name} on {content['listen'] or content['picker']}: {content['policy']} (version {content['version']}),"
+        f" mode {content['mode']}{share}, {content['in_flight']} in flight"
+    )
+    columns = ("state", "in_flight", "prefill_tokens", "waiting", "running", "kv_usage", "telemetry_age_s")
+    table = Table("engine", *(column.replace("_", " ") for column in columns), title=title, title_justify="left")
+    for engine in content["engines"]:
+        table.add_row(engine["endpoint"], *(str(engine[column]) for column in columns))
+    fallbacks = ", ".join(f"{count} {reason}" for reason, count in content["fallbacks"].items())
+    table.caption = f"fallbacks to least_requests: {fallbacks or 'none'}"
+    (Console() if sys.stdout.isatty() else Console(width=140)).print(table)
+
+
+@deploy_app.command()
+def swap(
+    policy: Annotated[str | None, typer.Argument(metavar="[POLICY]", help="The new policy; none: the same.")] = None,
+    mode: Annotated[str | None, typer.Option(help="shadow, canary or full.")] = None,
+    percent: Annotated[float | None, typer.Option(help="Of sessions, for a canary.")] = None,
+    name: Name = "default",
+) -> None:
+    """Let another policy decide, or the same in another mode. It must first answer recorded requests; none is lost."""
+    given = {"policy": policy and policy.removeprefix("engine="), "mode": mode, "percent": percent}
+    content = {key: value for key, value in given.items() if value is not None}
+    if not content:
+        raise InputError("deploy swap", "", "nothing to change; allowed: POLICY, --mode, --percent")
+    if policy is not None and Path(policy).exists():
+        content["policy"] = str(Path(policy).resolve())
+    _call(name, "/policy", content)
+    state = _call(name, "/status")
+    _say(f"{name}: {state['policy']} (version {state['version']}), mode {state['mode']}")
+
+
+@deploy_app.command()
+def drain(
+    engine: Annotated[str, typer.Argument(help="URL or host:port of an engine.")], name: Name = "default"
+) -> None:
+    """Send an engine nothing new; what it runs goes on."""
+    _call(name, "/drain", {"engine": engine})
+    _say(f"{name}: {engine} gets no new requests")
+
+
+@deploy_app.command()
+def readmit(
+    engine: Annotated[str, typer.Argument(help="URL or host:port of an engine.")], name: Name = "default"
+) -> None:
+    """Send requests again to an engine that was drained."""
+    _call(name, "/drain", {"engine": engine, "drain": False})
+    _say(f"{name}: {engine} gets requests")
+
+
+@deploy_app.command()
+def stop(name: Name = "default") -> None:
+    """End a deployment after its running streams."""
+    state = _state(name)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(state["pid"], signal.SIGTERM)
+    while _alive(state["pid"]):
+        time.sleep(0.1)
+    _say(f"{name}: ended")
+
+
+def _load(config: str | None, given: dict[str, Any], settings: Sequence[str]) -> DeployConfig:
+    from servegym.configuration import apply_overrides, find_config, load_mapping, validate
+    from servegym.engine_bridge.gateway.config import DeployConfig
+
+    source = "deploy" if config is None else str(find_config(config, "deploy"))
+    content = {} if config is None else load_mapping(source)
+    return validate(DeployConfig, apply_overrides(content | given, settings), source)
+
+
+@contextlib.contextmanager
+def _engines(cluster: str, request_policy: PolicySpec | None) -> Iterator[LiveCluster]:
+    """The cluster that runs under this name, or the one of this file, started for as long as needed."""
+    from servegym.configuration import load_config
+    from servegym.engine_bridge.cluster.config import ClusterFile
+    from servegym.engine_bridge.cluster.launcher import find_cluster, running_cluster
+
+    folders = Path("runs") / "clusters"
+    for folder in (Path(cluster), folders / cluster):
+        found = find_cluster(folder)
+        if found is not None:
+            yield found
+            return
+    file = load_config(ClusterFile, cluster, "clusters")
+    found = find_cluster(folders / file.name)
+    if found is not None and all(engine.running for engine in found.engines):
+        yield found
+        return
+    with running_cluster(_with_order(file, request_policy), folders / file.name, _say) as started:
+        yield started
+
+
+def _with_order(file: ClusterFile, request_policy: PolicySpec | None) -> ClusterFile:
+    """Start engines with our scheduler where a request policy is wanted and vLLM's priorities are not."""
+    if request_policy is None or file.attach or file.arguments.get("scheduling-policy") == "priority":
+        return file
+    return file.model_copy(update={"request_policy": request_policy})
+
+
+def _request_level(live: LiveCluster, config: DeployConfig) -> StaticKey | None:
+    """Put the request policy in force, inside the engines or as a key of each request."""
+    from servegym.baselines.registry import create
+    from servegym.engine_bridge.gateway.scheduling import heeds_priorities
+    from servegym.engine_bridge.gateway.static_key import StaticKey
+
+    spec = config.request_policy
+    if spec is None:
+        return None
+    if all(engine.shim for engine in live.engines):
+        live.set_request_policy(spec)
+        _say(f"waiting queues: {spec}, by our scheduler in the engines")
+        return None
+    key = StaticKey(create("request", spec), str(spec), config.engine.prefill_tokens_per_s)
+    for engine in live.engines:
+        heeds = heeds_priorities(engine.url, live.model)
+        if heeds is False:
+            raise InputError(
+                "deploy",
+                "request_policy",
+                f"got {spec}, but {engine.url} admits first come first served and ignores priorities; allowed: engines"
+                " with --scheduling-policy priority, or with our scheduler (request_policy in the cluster file)",
+            )
+        if heeds is None:
+            _say(f"{engine.url}: cannot tell whether it heeds priorities; it needs --scheduling-policy priority")
+    _say(f"waiting queues: {spec}, as a fixed priority of each request")
+    return key
+
+
+def _folder(name: str) -> Path:
+    return Path("runs") / "deploy" / name
+
+
+def _state(name: str) -> dict[str, Any]:
+    from servegym.engine_bridge.gateway.serve import read_state
+
+    state = read_state(_folder(name))
+    if state is None or not _alive(state["pid"]):
+        raise InputError("deploy", "name", f"got {name}, which does not serve; start it: servegym deploy POLICY ...")
+    return state
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _call(name: str, path: str, content: dict[str, Any] | None = None) -> dict[str, Any]:
+    url = f"http://{_state(name)['admin']}{path}"
+    body = None if content is None else json.dumps(content).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as response:
+            answer: dict[str, Any] = json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        raise InputError("", "", json.loads(error.read())["error"]) from None
+    except OSError as error:
+        raise EngineError(f"the deployment does not answer: {error}") from None
+    return answer
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
