@@ -158,11 +158,20 @@ def readmit(
 @deploy_app.command()
 def stop(name: Name = "default") -> None:
     """End a deployment after its running streams."""
-    state = _state(name)
+    from servegym.engine_bridge.cluster.engine import process_alive, stop_groups
+    from servegym.engine_bridge.gateway.serve import STATE, read_state
+
+    state = read_state(_folder(name))
+    if state is None:
+        raise _not_serving(name)
     with contextlib.suppress(ProcessLookupError):
         os.kill(state["pid"], signal.SIGTERM)
-    while _alive(state["pid"]):
+    while process_alive(state["pid"]):
         time.sleep(0.1)
+    # Of a deployment that was killed, Envoy still runs.
+    if state["envoy_group"]:
+        stop_groups([state["envoy_group"]], timeout_s=3.0)
+    (_folder(name) / STATE).unlink(missing_ok=True)
     _say(f"{name}: ended")
 
 
@@ -238,20 +247,17 @@ def _folder(name: str) -> Path:
 
 
 def _state(name: str) -> dict[str, Any]:
+    from servegym.engine_bridge.cluster.engine import process_alive
     from servegym.engine_bridge.gateway.serve import read_state
 
     state = read_state(_folder(name))
-    if state is None or not _alive(state["pid"]):
-        raise InputError("deploy", "name", f"got {name}, which does not serve; start it: servegym deploy POLICY ...")
+    if state is None or not process_alive(state["pid"]):
+        raise _not_serving(name)
     return state
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _not_serving(name: str) -> InputError:
+    return InputError("deploy", "name", f"got {name}, which does not serve; start it: servegym deploy POLICY ...")
 
 
 def _call(name: str, path: str, content: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -37,17 +37,29 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         global STREAMED
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self._body())
         if OPTIONS.get("broken"):
             self._answer(500, {"error": "broken"})
         elif not body.get("stream"):
-            self._answer(200, {"choices": [{"text": "a"}]})
+            time.sleep(OPTIONS.get("ttft_s", 0.0))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            self._answer(200, {"choices": [{"text": "a"}], "headers": headers, "port": _argument("--port")})
         else:
             STREAMED += 1
             if OPTIONS.get("fail_every") and STREAMED % OPTIONS["fail_every"] == 0:
                 self._answer(503, {"error": "busy"})
             else:
                 self._stream(body)
+
+    def _body(self) -> bytes:
+        if self.headers["Transfer-Encoding"] != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _answer(self, status: int, content: Any) -> None:
         data = b"" if content is None else json.dumps(content).encode()
@@ -69,6 +81,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
         usage = {"completion_tokens": body["max_tokens"], "prompt_tokens_details": {"cached_tokens": 3}}
+        if isinstance(body.get("prompt"), str):
+            usage["prompt_tokens"] = len(body["prompt"].split())
+        elif isinstance(body.get("prompt"), list):
+            usage["prompt_tokens"] = len(body["prompt"])
         self._event({"choices": [], "usage": usage})
         self._chunk(b"data: [DONE]\n\n")
         self._chunk(b"")

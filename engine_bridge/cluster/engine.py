@@ -203,6 +203,20 @@ def group_alive(pid: int) -> bool:
     return False
 
 
+def process_alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # it has just ended, or this is not Linux
+        return not Path("/proc/self/stat").exists()
+
+
 def last_lines(log: Path, count: int = _LAST_LINES) -> str:
     """Return the last lines of a log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []

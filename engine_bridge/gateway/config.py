@@ -66,8 +66,9 @@ class DeployConfig(Config):
     tls: Tls | None = Field(default=None, description="for listen")
     picker_tls: Tls | None = Field(default=None, description="for picker, where a gateway asks for it")
     deadline_ms: Positive = Field(default=200.0, description="for a decision; then a heuristic decides")
-    engine_timeout_s: Positive = Field(default=10.0, description="silence after which a hung engine's requests are cut")
-    idle_timeout_s: Positive = Field(default=300.0, description="without a byte either way until a stream is cut")
+    idle_timeout_s: Positive = Field(
+        default=300.0, description="without a byte of an answer until a request is cut, as on an engine that hangs"
+    )
     drain_s: float = Field(default=60.0, ge=0, description="for running streams, when the deployment ends")
     progress_ms: Positive = Field(default=200.0, description="between two looks at running requests' first tokens")
     telemetry_period_s: Positive = Field(default=0.25, description="between two readings of an engine's metrics")

@@ -22,7 +22,7 @@ class DecisionRecord:
         request_id: of the data plane, which the engine's log has too.
         arrival_s: at the gateway.
         prompt_tokens: as the engine counted, or else as estimated for the decision.
-        user: number or hash; -1 if unknown.
+        user: number or hash; None if unknown.
         session: likewise.
         turn: of the session.
         priority: smaller runs first.
@@ -50,8 +50,8 @@ class DecisionRecord:
     request_id: str
     arrival_s: float
     prompt_tokens: int
-    user: int
-    session: int
+    user: int | None
+    session: int | None
     turn: int
     priority: int
     deadline_s: float | None
@@ -106,8 +106,9 @@ class DecisionLog:
     def write(self, record: DecisionRecord) -> None:
         """Append a record."""
         if self._file is not None:
-            content = {key: value for key, value in asdict(record).items() if value is not None}
-            content["prefix_block_tokens"] = self._block_tokens
+            content = asdict(record) | {"prefix_block_tokens": self._block_tokens}
+            if record.observation is None:
+                del content["observation"]
             self._file.write(json.dumps(content, separators=(",", ":")) + "\n")
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from servegym.engine_bridge.cluster.engine import last_lines, stop_groups
+from servegym.engine_bridge.cluster.engine import last_lines, process_alive, stop_groups
 from servegym.engine_bridge.gateway.envoy_config import endpoints_file, write_json
 from servegym.errors import EngineError, InputError
 
@@ -41,6 +41,10 @@ def envoy_binary() -> Path:
     return path
 
 
+# Envoy ends with its parent. This parent is gone before Envoy starts, and leaves its number behind.
+_ORPHAN = '(sleep 0.05; exec "$@" >&2) & echo $!'
+
+
 class Envoy:
     """A running Envoy, in a process group of its own; it outlives a picker that is killed, and goes on without it.
 
@@ -56,22 +60,26 @@ class Envoy:
         self._admin = f"http://{admin}"
         self._file = folder / "envoy.json"
         self._binary = envoy_binary()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._group = self._pid = 0
         # It may hold clients' keys.
         self._file.touch(mode=0o600)
         write_json(self._file, config)
         self._file.chmod(0o600)
 
     @property
+    def group(self) -> int:
+        """Process group id."""
+        return self._group
+
+    @property
     def pid(self) -> int:
-        """Process and process group id."""
-        assert self._process is not None
-        return self._process.pid
+        """Process id."""
+        return self._pid
 
     @property
     def ended(self) -> bool:
         """Whether the process is gone."""
-        return self._process is None or self._process.poll() is not None
+        return not self._pid or not process_alive(self._pid)
 
     def write_endpoints(self, endpoints: Sequence[str]) -> None:
         """Say which engines may be sent to; Envoy takes it up at once."""
@@ -85,13 +93,17 @@ class Envoy:
         """
         arguments = ["-c", str(self._file), "--log-level", "warn", "--concurrency", str(_threads())]
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [self._binary, *arguments, "--use-dynamic-base-id"],
-                stdout=log,
-                stderr=subprocess.STDOUT,
+            starter = subprocess.Popen(
+                ["/bin/sh", "-c", _ORPHAN, "sh", self._binary, *arguments, "--use-dynamic-base-id"],
+                stdout=subprocess.PIPE,
+                stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+            assert starter.stdout is not None
+            self._pid, self._group = int(starter.stdout.readline()), starter.pid
+            starter.stdout.close()
+            starter.wait()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _READY_S
         while not await asyncio.to_thread(self._get, "/ready"):
@@ -113,8 +125,8 @@ class Envoy:
 
     def stop(self) -> None:
         """End it."""
-        if self._process is not None:
-            stop_groups([self._process.pid], timeout_s=3.0)
+        if self._group:
+            stop_groups([self._group], timeout_s=3.0)
 
     def _get(self, path: str, body: bytes | None = None) -> bytes | None:
         request = urllib.request.Request(self._admin + path, body)

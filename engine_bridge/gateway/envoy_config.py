@@ -67,7 +67,7 @@ def envoy_config(config: DeployConfig, folder: Path, picker: str, engines: int, 
         "admin": {"address": _address(admin)},
         "static_resources": {
             "listeners": [_listener(config, engines)],
-            "clusters": [_engine_cluster(config, folder), _picker_cluster(picker)],
+            "clusters": [_engine_cluster(folder), _picker_cluster(picker)],
         },
     }
 
@@ -222,8 +222,7 @@ def _access_log() -> dict[str, Any]:
     }
 
 
-def _engine_cluster(config: DeployConfig, folder: Path) -> dict[str, Any]:
-    checks = max(round(config.engine_timeout_s / 2), 1)
+def _engine_cluster(folder: Path) -> dict[str, Any]:
     metadata = {"key": "envoy.lb", "path": [{"key": DESTINATION}]}
     balancing = _typed(
         "extensions.load_balancing_policies.override_host.v3.OverrideHost",
@@ -258,14 +257,13 @@ def _engine_cluster(config: DeployConfig, folder: Path) -> dict[str, Any]:
             "policies": [{"typed_extension_config": {"name": "override_host", "typed_config": balancing}}]
         },
         "ignore_health_on_host_removal": True,
-        # Cuts what runs on a hung engine, so that its clients hear of it.
-        "close_connections_on_host_health_failure": True,
+        # For the balancer that decides when the picker does not.
         "health_checks": [
             {
-                "timeout": "2s",
-                "interval": "2s",
-                "no_traffic_interval": "2s",
-                "unhealthy_threshold": checks,
+                "timeout": "1s",
+                "interval": "1s",
+                "no_traffic_interval": "1s",
+                "unhealthy_threshold": 2,
                 "healthy_threshold": 1,
                 "http_health_check": {"path": "/health"},
             }

@@ -15,7 +15,7 @@ from servegym.engine_bridge.gateway.messages import IncomingRequest
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 """What generates tokens; anything else only needs an engine that answers."""
-SESSION_HEADERS = ("x-session-id", "session_id")
+SESSION_HEADER = "x-session-id"
 USER_HEADER = "x-user-id"
 SLO_HEADER = "x-slo-ttft-ms"
 OBJECTIVE_HEADERS = ("x-llm-d-inference-objective", "x-gateway-inference-objective")
@@ -89,7 +89,6 @@ def parse(
     extra = body.get("vllm_xargs")
     extra = extra if isinstance(extra, dict) else {}
     headers = request.headers
-    session = next((headers[name] for name in SESSION_HEADERS if headers.get(name)), extra.get("session"))
     slo_ms = _number(headers.get(SLO_HEADER))
     deadline = _number(extra.get("deadline_s")) if slo_ms is None else slo_ms / 1000
     predicted = _number(extra.get("predicted_tokens"))
@@ -99,7 +98,7 @@ def parse(
         characters=characters,
         blocks=blocks,
         user=_identity(headers.get(USER_HEADER) or extra.get("user", body.get("user"))),
-        session=_identity(session),
+        session=_identity(headers.get(SESSION_HEADER) or extra.get("session")),
         turn=None if turn is None else int(turn),
         priority=_priority(headers, body),
         deadline_s=math.inf if deadline is None else deadline,

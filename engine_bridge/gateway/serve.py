@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 from aiohttp import web
 
-from servegym.engine_bridge.cluster.engine import free_port, group_alive, stop_groups
+from servegym.engine_bridge.cluster.engine import free_port, process_alive, stop_groups
 from servegym.engine_bridge.gateway.access_log import AccessLog
 from servegym.engine_bridge.gateway.admin import Admin
 from servegym.engine_bridge.gateway.arms import Arms
@@ -315,7 +315,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_state(folder: Path, known: dict[str, Any], admin: str, envoy: Envoy | None) -> None:
-    write_json(folder / STATE, known | {"admin": admin, "envoy_pid": None if envoy is None else envoy.pid})
+    write_json(folder / STATE, known | {"admin": admin, "envoy_group": None if envoy is None else envoy.group})
 
 
 def _end_earlier(folder: Path, name: str) -> None:
@@ -327,9 +327,7 @@ def _end_earlier(folder: Path, name: str) -> None:
     state = read_state(folder)
     if state is None:
         return
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(state["pid"], 0)
+    if process_alive(state["pid"]) and state["pid"] != os.getpid():
         raise InputError("deploy", "name", f"got {name}, which serves already (process {state['pid']})")
-    envoy = state.get("envoy_pid")
-    if envoy and group_alive(envoy):
-        stop_groups([envoy], timeout_s=3.0)
+    if state.get("envoy_group"):
+        stop_groups([state["envoy_group"]], timeout_s=3.0)

@@ -1,0 +1,46 @@
+"""Fake engines for tests of the gateway."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+FAKE = Path(__file__).with_name("fake_vllm.py")
+
+
+class FakeEngine:
+    """A fake engine in a process group of its own."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.endpoint = f"127.0.0.1:{self.port}"
+        self._options = options
+        self.start()
+
+    def start(self) -> None:
+        arguments = [sys.executable, str(FAKE), "--port", str(self.port), "--served-model-name", "m"]
+        environment = dict(os.environ) | {"FAKE_VLLM": json.dumps(self._options)}
+        self.process = subprocess.Popen(arguments, env=environment, start_new_session=True)
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise AssertionError("the fake engine does not answer")
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
