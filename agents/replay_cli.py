@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,27 +35,22 @@ def replay_command(
 ) -> None:
     """Send a workload or a trace to live engines, each request at its time, and print the metrics."""
     from servegym.configuration import load_config
-    from servegym.engine_bridge.cluster.engine import served_models
-    from servegym.envs.live.replay import ReplayConfig, check_urls, replay
+    from servegym.envs.live.replay import ReplayConfig, replay
 
     overrides = list(settings or []) + ([f"seed={seed}"] if seed is not None else [])
     loaded = load_config(ReplayConfig, config, "replay", overrides)
-    urls, model = tuple(url or loaded.urls), loaded.model
-    if cluster is not None:
-        urls, name = _cluster(cluster)
-        model = model or name
-    check_urls(urls)
-    model = model or served_models(urls[0])[0]
+    given = {"urls": tuple(url)} if url else {}
+    target = loaded.model_copy(update=given | ({"cluster": cluster} if cluster or url else {})).target()
     with Progress(
         TextColumn("replaying"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=as_json
     ) as bar:
         task = bar.add_task("", total=1.0)
-        table = loaded.table()
-        dispatcher = None if policy is None else _by_policy(policy, loaded, table, len(urls))
+        table = loaded.table(loaded.workload, loaded.seed)
+        dispatcher = None if policy is None else _by_policy(policy, loaded, table, len(target.urls))
         result = replay(
             table,
-            urls,
-            model,
+            target.urls,
+            target.model,
             loaded,
             dispatcher=dispatcher,
             progress=lambda share: bar.update(task, completed=share),
@@ -89,17 +83,6 @@ def _by_policy(text: str, config: ReplayConfig, table: RequestTable, engines: in
         reset(config.seed)
     router = PolicyRouter(chosen, EngineTable([config.limits] * engines))
     return ByPolicy(router, table, config.seed, config.telemetry_period_s)
-
-
-def _cluster(name: str) -> tuple[tuple[str, ...], str]:
-    from servegym.engine_bridge.cluster.launcher import find_cluster
-    from servegym.errors import InputError
-
-    for folder in (Path(name), Path("runs") / "clusters" / name):
-        found = find_cluster(folder)
-        if found is not None:
-            return tuple(engine.url for engine in found.engines), found.model
-    raise InputError("--cluster", name, f"no such cluster; start one: servegym cluster up {name}")
 
 
 def _table(metrics: dict[str, Any]) -> Table:

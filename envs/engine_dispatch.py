@@ -14,6 +14,7 @@ from servegym.baselines.features import ENGINE_FEATURES, REQUEST_FEATURES, fill_
 from servegym.baselines.interface import E_AVAILABLE, R_INDEX, ExpertPolicy
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
+from servegym.envs.backend import ServingRun
 from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics, feature_box
 from servegym.envs.simulator.cluster import SimulatedCluster
 
@@ -83,6 +84,7 @@ class EngineDispatchEnv(ServingEnv[np.int64]):
     config: EngineDispatchConfig
     features = {"engines": ENGINE_FEATURES, "request": REQUEST_FEATURES}  # noqa: RUF012 - never written to
     _name = "EngineDispatch-v0"
+    _lives = True
     _config_class = EngineDispatchConfig
 
     def __init__(
@@ -90,7 +92,7 @@ class EngineDispatchEnv(ServingEnv[np.int64]):
     ) -> None:
         super().__init__(config, render_mode=render_mode)
         config = self.config
-        self.max_engines = config.max_engines or config.largest_cluster
+        self.max_engines = config.max_engines or self.most_engines
         self._request_policy = create("request", config.request_policy)
         self._expert_policy: ExpertPolicy = create("expert", config.expert_policy)
         self._reference = create("engine", config.reference) if config.reference is not None else None
@@ -127,12 +129,19 @@ class EngineDispatchEnv(ServingEnv[np.int64]):
             )
             paired.run()
         self._reference_metrics = episode_metrics(paired) if paired is not None else None
-        run = SimulatedCluster(cluster, table, self._request_policy, expert_policy=self._expert_policy, seed=run_seed)
+        run: ServingRun
+        if self._target is not None:
+            run = self._live_run(table, None, run_seed)
+        else:
+            run = SimulatedCluster(
+                cluster, table, self._request_policy, expert_policy=self._expert_policy, seed=run_seed
+            )
         self._begin(run, paired)
         run.next_decision()
-        self._rewards(int(run.memory.request_row[R_INDEX]))
+        if self._target is None:  # live, the first request has waited for this very moment
+            self._rewards(int(run.memory.request_row[R_INDEX]))
         observation = self._observe()
-        return observation, {"action_mask": self._mask.copy(), "seed": run_seed, "engines": cluster.size}
+        return observation, {"action_mask": self._mask.copy(), "seed": run_seed, "engines": run.config.size}
 
     def step(self, action: np.int64 | int) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
         """Send the pending request to an engine and advance to the next one."""

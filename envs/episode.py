@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -12,8 +12,10 @@ from gymnasium import spaces
 from pydantic import Field, model_validator
 
 from servegym.baselines.features import Feature
-from servegym.baselines.interface import FloatArray
+from servegym.baselines.interface import EnginePolicy, FloatArray
 from servegym.configuration import Config, validate
+from servegym.envs.backend import ServingRun
+from servegym.envs.live.options import LiveOptions
 from servegym.envs.randomisation import Randomisation, Sampled, draw
 from servegym.envs.rendering import RENDER_MODES, check_mode, render
 from servegym.envs.requests import RequestSource, WorkloadChoice
@@ -22,6 +24,10 @@ from servegym.envs.simulator.cluster import SimulatedCluster
 from servegym.envs.simulator.config import ClusterConfig
 from servegym.envs.simulator.metrics import RunOutcome
 from servegym.envs.workloads.table import RequestTable
+from servegym.errors import InputError
+
+if TYPE_CHECKING:
+    from servegym.envs.live.run import LiveRun
 
 Observation = dict[str, npt.NDArray[Any]]
 ActionT = TypeVar("ActionT")
@@ -30,6 +36,8 @@ ActionT = TypeVar("ActionT")
 class EpisodeConfig(Config):
     """Arguments that all environments take."""
 
+    backend: Literal["sim", "live"] = Field(default="sim", description="the simulator, or live engines in real time")
+    live: LiveOptions | None = Field(default=None, description="the live engines; in place of cluster")
     cluster: ClusterConfig = ClusterConfig()
     workload: WorkloadChoice = WorkloadChoice(name="azure-conv", load=0.8)
     randomise: Randomisation = Randomisation()
@@ -44,6 +52,17 @@ class EpisodeConfig(Config):
             raise ValueError("reward.tail_s, or a reference policy whose quantile it is")
         return self
 
+    @model_validator(mode="after")
+    def _live_engines_are_as_they_are(self) -> Self:
+        if (self.backend == "live") != (self.live is not None):
+            raise ValueError("live engines with backend: live, and only with it")
+        if self.backend == "live":
+            if self.workload.load is not None or self.load is not None:
+                raise ValueError("workload.rate_rps in place of a load: the capacity of live engines is not known")
+            if self.randomise != Randomisation() or getattr(self, "reference", None) is not None:
+                raise ValueError("neither randomise nor a reference with backend: live")
+        return self
+
     @property
     def largest_cluster(self) -> int:
         """Most engines of an episode."""
@@ -51,7 +70,7 @@ class EpisodeConfig(Config):
 
 
 class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
-    """Base of the environments: one episode is one run of the simulator."""
+    """Base of the environments: one episode is one run, of the simulator or of live engines."""
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium declares it as an instance attribute
     config: EpisodeConfig
@@ -59,6 +78,7 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
     """What the columns of an observation mean, by key."""
     _name: ClassVar[str]
     _config_class: ClassVar[type[EpisodeConfig]]
+    _lives: ClassVar[bool] = False
 
     def __init__(self, config: EpisodeConfig | Mapping[str, Any] | None = None, *, render_mode: str | None = None):
         check_mode(self._name, render_mode)
@@ -66,8 +86,16 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
             config = validate(self._config_class, cast(Mapping[str, Any], config or {}), self._name)
         self.config = config
         self.render_mode = render_mode
+        if config.live is not None and not self._lives:
+            raise InputError(self._name, "backend", "got live; allowed for this environment: sim")
+        self._target = None if config.live is None else config.live.target()
         self._source = RequestSource(config.workload, config.cluster)
-        self._run: SimulatedCluster | None = None
+        self._run: ServingRun | None = None
+
+    @property
+    def most_engines(self) -> int:
+        """Most engines of an episode."""
+        return self.config.largest_cluster if self._target is None else len(self._target.urls)
 
     def _draw_episode(
         self, seed: int | None, options: Mapping[str, Any] | None
@@ -84,15 +112,33 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
         count = config.episode_requests
         if config.random_end:
             count = int(rng.geometric(1.0 / count))
+        if config.live is not None:
+            return cluster, config.live.table(config.workload, run_seed, count), run_seed
         table = self._source.table(run_seed, load=load, requests=count, cluster=cluster, scale=scale)
         return cluster, table, run_seed
 
-    def _begin(self, run: SimulatedCluster, reference: SimulatedCluster | None = None) -> None:
+    def _live_run(
+        self, table: RequestTable, engine_policy: EnginePolicy | None, seed: int, *, hold: bool = False
+    ) -> LiveRun:
+        """Begin an episode on the live engines; the one before it is cut off."""
+        from servegym.envs.live.run import LiveRun
+
+        assert self.config.live is not None
+        assert self._target is not None
+        self.close()
+        return LiveRun(table, self._target, self.config.live, engine_policy, hold=hold, seed=seed)
+
+    def close(self) -> None:
+        """End the episode."""
+        if self._run is not None:
+            self._run.close()
+
+    def _begin(self, run: ServingRun, reference: SimulatedCluster | None = None) -> None:
         """Make a run the episode's."""
         self._run = run
         self._meter = RewardMeter(self.config.reward, run, reference)
 
-    def _running(self) -> SimulatedCluster:
+    def _running(self) -> ServingRun:
         """Return the episode's run.
 
         Raises:
@@ -101,6 +147,12 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
         if self._run is None:
             raise RuntimeError("call reset() before step()")
         return self._run
+
+    def _simulated(self) -> SimulatedCluster:
+        """Return the episode's run, which is a simulation."""
+        run = self._running()
+        assert isinstance(run, SimulatedCluster)
+        return run
 
     def _rewards(self, row: int | None = None) -> tuple[FloatArray, dict[str, Any]]:
         """Take the rewards since the last call; returns the parts, and what ``info`` says of the step."""
@@ -111,7 +163,7 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
 
     def render(self) -> str | npt.NDArray[np.uint8] | None:
         """Return queues, KV use and expert heat per engine: text, or a picture of shape (540, 960, 3)."""
-        return render(self._run, self.render_mode)
+        return render(self._run if isinstance(self._run, SimulatedCluster) else None, self.render_mode)
 
 
 def feature_box(features: Sequence[Feature], rows: int | None = None) -> spaces.Box:
@@ -122,7 +174,7 @@ def feature_box(features: Sequence[Feature], rows: int | None = None) -> spaces.
     return spaces.Box(low, high, dtype=np.float32)
 
 
-def episode_metrics(run: SimulatedCluster) -> dict[str, Any]:
+def episode_metrics(run: ServingRun) -> dict[str, Any]:
     """Return what an episode came to: means in seconds, counts, and the share of requests of each engine."""
     outcome = RunOutcome.of(run)
     share = np.bincount(outcome.engine[outcome.engine >= 0], minlength=run.config.size) / len(outcome.engine)

@@ -140,7 +140,7 @@ class ExpertPlacementEnv(ServingEnv[np.int64]):
 
     def step(self, action: np.int64 | int) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
         """Take an entry of the menu and run on to the next opportunity."""
-        run = self._running()
+        run = self._simulated()
         if not 0 <= action < len(self._mask):
             raise ValueError(f"got action {action}; allowed: 0 to {len(self._mask) - 1}")
         if self._group is not None:
@@ -159,7 +159,7 @@ class ExpertPlacementEnv(ServingEnv[np.int64]):
         return observation, float(parts.sum()), over, False, info
 
     def _observe(self) -> Observation:
-        run = self._running()
+        run = self._simulated()
         self._mask = np.zeros(len(self._mask), dtype=np.int8)
         self._mask[0] = 1
         if self._group is None:

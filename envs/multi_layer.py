@@ -68,6 +68,7 @@ class MultiLayerEnv(EngineDispatchEnv):
     """  # noqa: E501 - tables cannot be wrapped
 
     _name = "MultiLayer-v0"
+    _lives = False
     _config_class = MultiLayerConfig
     config: MultiLayerConfig
     features = EngineDispatchEnv.features | {"candidates": PLACEMENT_FEATURES, "placement": PLACEMENT_CONTEXT}
@@ -109,7 +110,7 @@ class MultiLayerEnv(EngineDispatchEnv):
 
     def step(self, action: Any) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
         """Send the pending request to an engine, with a priority, and name the placement rule."""
-        run = self._running()
+        run = self._simulated()
         engine, priority, rule = (int(part) for part in action)
         if not self.action_space.contains(np.array([engine, priority, rule])):
             raise ValueError(f"got action {[engine, priority, rule]}; allowed: below {self.action_space.nvec.tolist()}")
@@ -128,7 +129,7 @@ class MultiLayerEnv(EngineDispatchEnv):
     def _observe(self) -> Observation:
         observation = super()._observe()
         # The groups' copies of the menu know what they saw last; of several groups the first stands for all.
-        menu = self._running().expert_policies[0]
+        menu = self._simulated().expert_policies[0]
         assert isinstance(menu, PlacementMenu)
         observation["candidates"] = menu.features.astype(np.float32)
         observation["placement"] = menu.context.astype(np.float32)

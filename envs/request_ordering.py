@@ -14,6 +14,7 @@ from servegym.baselines.interface import QueueView
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.queue_features import QUEUE_CONTEXT_FEATURES, QUEUE_FEATURES, fill_queue_features
 from servegym.baselines.registry import create
+from servegym.envs.backend import ServingRun
 from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics, feature_box
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.simulator.cluster import SimulatedCluster
@@ -42,6 +43,9 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
     does not fit, the engine admits nobody else in this step, as vLLM's head of the queue would block it. Decisions
     without a choice, a single waiting request or preempted ones, which go first in vLLM, are not asked. With several
     engines `info["engine"]` says whose queue it is; ``engine_policy`` dispatches.
+
+    With `backend: live` the environment keeps requests back that find no free slot of `live.limits.max_num_seqs`, and a
+    step is the release of one of them: live engines then never have a queue of their own.
 
     ## Action Space
     `Discrete(window)`: a place among the first ``window`` waiting requests, in order of arrival; always 0 is vLLM's
@@ -77,6 +81,7 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
     config: RequestOrderingConfig
     features = {"requests": QUEUE_FEATURES, "context": QUEUE_CONTEXT_FEATURES}  # noqa: RUF012 - never written to
     _name = "RequestOrdering-v0"
+    _lives = True
     _config_class = RequestOrderingConfig
 
     def __init__(
@@ -105,7 +110,11 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode; see the class."""
         cluster, table, run_seed = self._draw_episode(seed, options)
-        run = SimulatedCluster(cluster, table, None, *self._policies, seed=run_seed)
+        run: ServingRun
+        if self._target is not None:
+            run = self._live_run(table, self._policies[0], run_seed, hold=True)
+        else:
+            run = SimulatedCluster(cluster, table, None, *self._policies, seed=run_seed)
         self._begin(run)
         self._engine = run.next_admission()
         observation = self._observe()

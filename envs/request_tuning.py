@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, SupportsFloat
 
 import numpy as np
@@ -15,7 +15,9 @@ from servegym.baselines.heuristic import compiled_form
 from servegym.baselines.interface import Q_COMPUTED_TOKENS, Q_PROMPT_TOKENS, Q_WAIT_S
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
+from servegym.envs.backend import ServingRun
 from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics, feature_box
+from servegym.envs.live.options import Target
 from servegym.envs.request_ordering import CLUSTER
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.simulator.cluster import SimulatedCluster
@@ -96,6 +98,7 @@ class RequestTuningEnv(ServingEnv[npt.NDArray[np.float32]]):
     config: RequestTuningConfig
     features = {"engines": QUEUE_SUMMARY}  # noqa: RUF012 - never written to
     _name = "RequestTuning-v0"
+    _lives = True
     _config_class = RequestTuningConfig
 
     def __init__(
@@ -106,7 +109,7 @@ class RequestTuningEnv(ServingEnv[npt.NDArray[np.float32]]):
         self._policy = create("request", config.policy)
         self._others = create("engine", config.engine_policy), create("expert", config.expert_policy)
         self.parameters, self._bounds = _tunable(config, self._policy)
-        self.max_engines = config.max_engines or config.largest_cluster
+        self.max_engines = config.max_engines or self.most_engines
         count = len(self.parameters)
         self.action_space = spaces.Box(-1.0, 1.0, (count,), np.float32)
         self.observation_space: spaces.Dict = spaces.Dict(  # type: ignore[assignment]
@@ -128,17 +131,24 @@ class RequestTuningEnv(ServingEnv[npt.NDArray[np.float32]]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode; see the class."""
         cluster, table, run_seed = self._draw_episode(seed, options)
-        self._begin(SimulatedCluster(cluster, table, self._policy, *self._others, seed=run_seed, tunable=True))
+        run: ServingRun
+        if self._target is not None:
+            self._tuned = live_tuning(self._target, self.config.policy)
+            run = self._live_run(table, self._others[0], run_seed)
+        else:
+            run = SimulatedCluster(cluster, table, self._policy, *self._others, seed=run_seed, tunable=True)
+            self._tuned = simulated_tuning(run)
+        self._begin(run)
         self._arrived = 0
         self._action = np.zeros(len(self.parameters), dtype=np.float32)
-        return self._observe(), {"seed": run_seed, "engines": cluster.size}
+        return self._observe(), {"seed": run_seed, "engines": run.config.size}
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
         """Set the parameters and run on for an interval."""
         run = self._running()
         self._action = np.clip(np.asarray(action, dtype=np.float32), -1.0, 1.0)
         values = self.values(self._action)
-        run.memory.request_params[:] = list(values.values())
+        self._tuned(values)
         alive = run.run_until(self._meter.now_s + self.config.interval_s)
         parts, info = self._rewards()
         info["parameters"] = values
@@ -153,10 +163,38 @@ class RequestTuningEnv(ServingEnv[npt.NDArray[np.float32]]):
         for index, record in enumerate(run.memory.engines):
             mask[index] = record["alive"]
             engines[index] = _summary(run, index, record)
-        arrived = int(run.memory.cluster["arrived"][0])
+        arrived = run.arrived
         context = np.concatenate([[np.log1p(arrived - self._arrived)], self._action]).astype(np.float32)
         self._arrived = arrived
         return {"engines": engines, "context": context, "mask": mask}
+
+
+def simulated_tuning(run: SimulatedCluster) -> Callable[[dict[str, float]], None]:
+    """Return what sets the parameters of a simulated rule."""
+
+    def tune(values: dict[str, float]) -> None:
+        run.memory.request_params[:] = list(values.values())
+
+    return tune
+
+
+def live_tuning(target: Target, rule: PolicySpec) -> Callable[[dict[str, float]], None]:
+    """Return what sets the parameters of the rule that our scheduler follows inside live engines.
+
+    Raises:
+        InputError: the engines are no cluster with our scheduler.
+    """
+    cluster = target.cluster
+    if cluster is None:
+        raise InputError(
+            "RequestTuning-v0", "live.cluster", "missing; the rule is tuned by our scheduler in the engines"
+        )
+
+    def tune(values: dict[str, float]) -> None:
+        cluster.set_request_policy(PolicySpec(name=rule.name, params=rule.params | values))
+
+    cluster.set_request_policy(rule)
+    return tune
 
 
 def _tunable(config: RequestTuningConfig, policy: Any) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
@@ -179,7 +217,7 @@ def _tunable(config: RequestTuningConfig, policy: Any) -> tuple[tuple[str, ...],
     return tuple(values), np.array(bounds)
 
 
-def _summary(run: SimulatedCluster, index: int, record: Any) -> npt.NDArray[np.float64]:
+def _summary(run: ServingRun, index: int, record: Any) -> npt.NDArray[np.float64]:
     queue = run.waiting_requests(index)[0].data
     tokens = queue[:, Q_PROMPT_TOKENS] - queue[:, Q_COMPUTED_TOKENS] if len(queue) else np.zeros(1)
     oldest = float(queue[:, Q_WAIT_S].max()) if len(queue) else 0.0

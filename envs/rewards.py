@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from servegym.baselines.interface import FloatArray
 from servegym.compilation import compiled
 from servegym.configuration import Config
+from servegym.envs.backend import ServingRun
 from servegym.envs.simulator.cluster import SimulatedCluster
 
 Weight = Annotated[float, Field(ge=0)]
@@ -80,7 +81,7 @@ class RewardMeter:
         now_s: time up to which rewards were taken.
     """
 
-    def __init__(self, config: RewardConfig, run: SimulatedCluster, reference: SimulatedCluster | None = None) -> None:
+    def __init__(self, config: RewardConfig, run: ServingRun, reference: SimulatedCluster | None = None) -> None:
         self.now_s = 0.0
         self._run = run
         self._weights = config.weights()
@@ -135,7 +136,7 @@ class _Waiting:
         self._parent = parent
 
     @classmethod
-    def of(cls, config: RewardConfig, run: SimulatedCluster, reference: SimulatedCluster | None) -> _Waiting:
+    def of(cls, config: RewardConfig, run: ServingRun, reference: SimulatedCluster | None) -> _Waiting:
         engines, table = run.memory.engines, run.table
         alone = table.prompt_tokens / engines["prefill_tokens_per_s"].max() + engines["decode_step_s"].min()
         tail_s = config.tail_s

@@ -17,7 +17,7 @@ from servegym.engine_bridge.vllm_plugin.protocol import read_policy, write_state
 from servegym.errors import InputError
 
 _logger = logging.getLogger("vllm.servegym")
-_LOOK_S = 1.0
+_LOOK_S = 0.1
 
 
 class LivePolicy:
@@ -49,7 +49,7 @@ class LivePolicy:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take up a new policy file, at most once a second; a bad one leaves the old policy in force."""
+        """Take up a new policy file, at most ten times a second; a bad one leaves the old policy in force."""
         now = time.monotonic()
         if now < self._look_at:
             return

@@ -22,13 +22,13 @@ from servegym.errors import EngineError
 class Dispatcher(Protocol):
     """Chooses engines and hears what becomes of the requests. Times are on the replay's clock."""
 
-    def dispatch(self, r: int, now_s: float, tokens: npt.NDArray[np.int64]) -> int:
-        """Return the engine of request ``r``, which is due now."""
+    async def dispatch(self, r: int, due_s: float, now_s: float, tokens: npt.NDArray[np.int64]) -> int:
+        """Return the engine of request ``r``, which was due and is to be sent now; it may be made to wait."""
 
     def first_token(self, r: int, engine: int, now_s: float) -> None:
         """Hear of a first token."""
 
-    def finished(self, r: int, engine: int, now_s: float, output_tokens: int) -> None:
+    def finished(self, r: int, engine: int, now_s: float, output_tokens: int, hit_tokens: int) -> None:
         """Hear of a request's end."""
 
     def lost(self, r: int) -> None:
@@ -45,7 +45,7 @@ class InTurn:
         self._engines = engines
         self._sent = 0
 
-    def dispatch(self, r: int, now_s: float, tokens: npt.NDArray[np.int64]) -> int:
+    async def dispatch(self, r: int, due_s: float, now_s: float, tokens: npt.NDArray[np.int64]) -> int:
         """Return the next engine."""
         self._sent += 1
         return (self._sent - 1) % self._engines
@@ -53,7 +53,7 @@ class InTurn:
     def first_token(self, r: int, engine: int, now_s: float) -> None:
         """Nothing to learn."""
 
-    def finished(self, r: int, engine: int, now_s: float, output_tokens: int) -> None:
+    def finished(self, r: int, engine: int, now_s: float, output_tokens: int, hit_tokens: int) -> None:
         """Nothing to learn."""
 
     def lost(self, r: int) -> None:
@@ -79,27 +79,13 @@ class ByPolicy:
         self._seed = seed
         self._period_s = period_s
 
-    def dispatch(self, r: int, now_s: float, tokens: npt.NDArray[np.int64]) -> int:
+    async def dispatch(self, r: int, due_s: float, now_s: float, tokens: npt.NDArray[np.int64]) -> int:
         """Return the policy's engine.
 
         Raises:
             EngineError: no engine is available.
         """
-        table = self._table
-        draws = np.random.default_rng([self._seed, r]).random(2)
-        request = RequestView(
-            index=r,
-            now_s=now_s,
-            arrival_s=now_s,
-            prompt_tokens=len(tokens),
-            priority=int(table.priority[r]),
-            user=int(table.user[r]),
-            session=int(table.session[r]),
-            turn=int(table.turn[r]),
-            deadline_s=float(table.deadline_s[r]),
-            last_engine=self.router.table.last_engine,
-            uniforms=(float(draws[0]), float(draws[1])),
-        )
+        request = request_view(self._table, r, len(tokens), due_s, now_s, self._seed, self.router.table.last_engine)
         engine = self.router.dispatch(request, block_hashes(tokens, self.router.table.prefixes.config.block_tokens))
         if engine < 0:
             raise EngineError("no engine answers")
@@ -109,7 +95,7 @@ class ByPolicy:
         """Tell the router."""
         self.router.first_token(r, engine, now_s)
 
-    def finished(self, r: int, engine: int, now_s: float, output_tokens: int) -> None:
+    def finished(self, r: int, engine: int, now_s: float, output_tokens: int, hit_tokens: int) -> None:
         """Tell the router."""
         self.router.finished(r, engine, now_s, output_tokens)
 
@@ -123,6 +109,26 @@ class ByPolicy:
         await watch(
             session, urls, table, Health(table), period_s=self._period_s, clock=lambda: time.perf_counter() - start_s
         )
+
+
+def request_view(
+    table: RequestTable, r: int, prompt_tokens: int, due_s: float, now_s: float, seed: int, last_engine: int
+) -> RequestView:
+    """Return what a router knows of a request."""
+    draws = np.random.default_rng([seed, r]).random(2)
+    return RequestView(
+        index=r,
+        now_s=now_s,
+        arrival_s=due_s,
+        prompt_tokens=prompt_tokens,
+        priority=int(table.priority[r]),
+        user=int(table.user[r]),
+        session=int(table.session[r]),
+        turn=int(table.turn[r]),
+        deadline_s=float(table.deadline_s[r]),
+        last_engine=last_engine,
+        uniforms=(float(draws[0]), float(draws[1])),
+    )
 
 
 def block_hashes(tokens: npt.NDArray[np.int64], block_tokens: int, most: int = 256) -> list[bytes]:

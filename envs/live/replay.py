@@ -18,34 +18,21 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from servegym.configuration import Config
-from servegym.engine_bridge.router.table import EngineLimits
 from servegym.envs.live.client import Completion, complete
 from servegym.envs.live.dispatch import Dispatcher, InTurn
+from servegym.envs.live.options import LiveOptions
 from servegym.envs.live.tokens import prompt_tokens
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.simulation import Objectives
 from servegym.envs.simulator.metrics import RunOutcome, summary
-from servegym.envs.workloads.generation import LengthScale, generate
 from servegym.envs.workloads.table import RequestTable
-from servegym.errors import EngineError, InputError
+from servegym.errors import EngineError
 
 
-class ReplayConfig(Config):
+class ReplayConfig(LiveOptions):
     """Input of ``servegym replay``."""
 
     workload: WorkloadChoice = Field(description="with rate_rps, or a trace; live engines have no known capacity")
-    urls: tuple[str, ...] = Field(default=(), description="servers, in turn; or a cluster by its name")
-    model: str | None = Field(default=None, description="name in requests; default: the first that the server has")
-    prompt_scale: Annotated[float, Field(gt=0)] = Field(default=1.0, description="factor on prompt lengths")
-    output_scale: Annotated[float, Field(gt=0)] = Field(default=1.0, description="factor on output lengths")
-    max_tokens: Annotated[int, Field(ge=2)] = Field(default=4000, description="prompt + output, at most")
-    vocabulary: Annotated[int, Field(ge=2)] = Field(default=256, description="prompts have token ids below this")
-    timeout_s: Annotated[float, Field(gt=0)] = Field(default=600.0, description="of one request")
-    limits: EngineLimits = Field(default=EngineLimits(), description="of the engines, for engine policies")
-    telemetry_period_s: Annotated[float, Field(gt=0)] = Field(
-        default=0.25, description="between two readings of an engine's metrics, for engine policies"
-    )
     slo: Objectives = Objectives()
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="share of the first requests that is not counted"
@@ -57,22 +44,6 @@ class ReplayConfig(Config):
         if self.workload.load is not None:
             raise ValueError("workload.rate_rps in place of workload.load: the capacity of live engines is not known")
         return self
-
-    def table(self, seed: int | None = None) -> RequestTable:
-        """Draw the requests.
-
-        Raises:
-            InputError: a bad workload or trace.
-        """
-        choice = self.workload
-        return generate(
-            choice.resolve(),
-            rate_rps=choice.rate_rps,
-            requests=choice.requests or (200 if choice.trace is None else None),
-            seed=self.seed if seed is None else seed,
-            max_tokens=self.max_tokens,
-            scale=LengthScale(self.prompt_scale, self.output_scale),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +83,7 @@ def replay(
     table: RequestTable,
     urls: tuple[str, ...],
     model: str,
-    config: ReplayConfig,
+    config: LiveOptions,
     *,
     dispatcher: Dispatcher | None = None,
     progress: Callable[[float], None] | None = None,
@@ -130,18 +101,20 @@ def replay(
     Raises:
         EngineError: no request at all was answered.
     """
-    return asyncio.run(_Replayer(table, urls, model, config, dispatcher or InTurn(len(urls)), progress).run())
+    return asyncio.run(Replayer(table, urls, model, config, dispatcher or InTurn(len(urls)), progress).run())
 
 
-class _Replayer:
+class Replayer:
+    """One replay; see :func:`replay`."""
+
     def __init__(
         self,
         table: RequestTable,
         urls: tuple[str, ...],
         model: str,
-        config: ReplayConfig,
+        config: LiveOptions,
         dispatcher: Dispatcher,
-        progress: Callable[[float], None] | None,
+        progress: Callable[[float], None] | None = None,
     ) -> None:
         self._table, self._urls, self._model, self._config = table, urls, model, config
         self._dispatcher = dispatcher
@@ -161,6 +134,7 @@ class _Replayer:
         self._bodies = [self._body(r) for r in range(count)]
 
     async def run(self) -> ReplayResult:
+        """Send everything and wait for the last answer."""
         limits = aiohttp.TCPConnector(limit=0, force_close=False)
         timeout = aiohttp.ClientTimeout(total=self._config.timeout_s, connect=30)
         roots = np.flatnonzero(self._table.parent < 0)
@@ -197,7 +171,7 @@ class _Replayer:
 
     async def _one(self, r: int) -> Completion:
         start_s, heard = self._start_s, self._dispatcher
-        engine = heard.dispatch(r, time.perf_counter() - start_s, self._tokens[r])
+        engine = await heard.dispatch(r, self._due_s[r], time.perf_counter() - start_s, self._tokens[r])
         self._engine[r] = engine
         body, headers = self._bodies[r]
         result = await complete(
@@ -210,7 +184,7 @@ class _Replayer:
         if result.error:
             heard.lost(r)
         else:
-            heard.finished(r, engine, result.last_s - start_s, result.output_tokens)
+            heard.finished(r, engine, result.last_s - start_s, result.output_tokens, result.hit_tokens)
         return result
 
     def _body(self, r: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -275,13 +249,3 @@ class _Replayer:
             hit_tokens=np.array([one.hit_tokens for one in results], dtype=np.int32),
         )
         return ReplayResult(outcome, sent - self._due_s, errors, wall)
-
-
-def check_urls(urls: tuple[str, ...]) -> None:
-    """Make sure that there is somebody to send to.
-
-    Raises:
-        InputError: no URL.
-    """
-    if not urls:
-        raise InputError("replay", "urls", "missing; allowed: --url, --cluster, or urls in the config")

@@ -172,6 +172,14 @@ class SimulatedCluster:
         """Requests that have finished."""
         return int(self.memory.cluster["finished"][0])
 
+    @property
+    def arrived(self) -> int:
+        """Requests that have arrived."""
+        return int(self.memory.cluster["arrived"][0])
+
+    def close(self) -> None:
+        """Nothing to give back: a simulation holds only memory."""
+
     def run(self, progress: Callable[[float], None] | None = None) -> None:
         """Run to the end: all requests finished, or waiting for an engine that never returns.
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from servegym.envs.backend import ServingRun
 from servegym.envs.simulator.cluster import SimulatedCluster
 
 Float = npt.NDArray[np.float64]
@@ -56,7 +57,7 @@ class RunOutcome:
     hit_tokens: npt.NDArray[np.int32]
 
     @classmethod
-    def of(cls, cluster: SimulatedCluster) -> RunOutcome:
+    def of(cls, cluster: ServingRun) -> RunOutcome:
         """Read the outcome of a run."""
         requests = cluster.memory.requests
         arrival, first, finish = requests["arrival_s"], requests["first_s"], requests["finish_s"]
