@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from servegym.engine_bridge.gateway.config import DeployConfig
+from servegym.engine_bridge.gateway.serve import Deployment, deployed
+from servegym.engine_bridge.gateway.static_key import StaticKey
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
 
@@ -44,3 +52,22 @@ class FakeEngine:
         os.killpg(self.process.pid, number)
         if number == signal.SIGKILL:
             self.process.wait()
+
+
+@contextmanager
+def gateway_before(
+    urls: Sequence[str], folder: Path, static_key: StaticKey | None = None, **settings: Any
+) -> Iterator[Deployment]:
+    """A deployment whose loop runs in a thread, for clients that have a loop of their own."""
+    config = DeployConfig.model_validate({"listen": "127.0.0.1:0"} | settings)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    serving = deployed(config, folder, urls, static_key=static_key)
+    try:
+        yield asyncio.run_coroutine_threadsafe(serving.__aenter__(), loop).result(60)
+    finally:
+        asyncio.run_coroutine_threadsafe(serving.__aexit__(None, None, None), loop).result(90)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -50,7 +50,7 @@ def _finish_order(url: str, model: str) -> list[int] | None:
     rng = np.random.default_rng()
     tokens = max(min(_PROMPT_TOKENS, longest - 8), 1)
     bodies = [
-        {"model": model, "prompt": rng.integers(10, 500, tokens).tolist(), "max_tokens": 1, "priority": -number}
+        {"model": model, "prompt": rng.integers(10, 200, tokens).tolist(), "max_tokens": 1, "priority": -number}
         for number in range(_REQUESTS)
     ]
 
