@@ -20,7 +20,7 @@ from servegym.baselines.registry import LAYERS, describe
 from servegym.configuration import Config, load_mapping, shipped_configs
 from servegym.errors import InputError, nearest
 
-_CONFIG_KINDS = ("simulate", "train", "evaluate", "clusters", "replay")
+_CONFIG_KINDS = ("simulate", "train", "evaluate", "clusters", "replay", "deploy")
 
 
 def catalogue() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from servegym.agents.evaluation.config import EvaluationConfig
 from servegym.agents.training.config import TrainConfig
 from servegym.configuration import Config, load_config, shipped_configs
 from servegym.engine_bridge.cluster.config import ClusterFile
+from servegym.engine_bridge.gateway.config import DeployConfig
 from servegym.envs.live.replay import ReplayConfig
 from servegym.envs.simulation import SimulationConfig
 
@@ -17,6 +18,7 @@ KINDS: dict[str, type[Config]] = {
     "evaluate": EvaluationConfig,
     "clusters": ClusterFile,
     "replay": ReplayConfig,
+    "deploy": DeployConfig,
 }
 SHIPPED = [(kind, name) for kind in KINDS for name in shipped_configs(kind)]
 

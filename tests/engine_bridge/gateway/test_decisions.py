@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -228,3 +231,22 @@ def test_a_bundle_is_swapped_in_only_if_it_loads() -> None:
     with pytest.raises(InputError, match="no such policy bundle"):
         one.arms.prepare(PolicySpec(name="runs/nowhere"), one.arms.recent())
     assert one.arms.policy.version == 1
+
+
+def test_the_dashboard_asks_for_metrics_that_exist() -> None:
+    one = gateway(mode="shadow", policy="lmetric")
+    decide(one, incoming({"prompt": [1]}))
+    one.finished(Outcome("r", "b:1", 200, True, attempts=2, ttft_s=0.1, total_s=1.0, output_tokens=9))
+    one.metrics.fallback("lmetric", "late")
+    decide(one, incoming(b"{"))
+    page = one.metrics.page().decode()
+    shown = {line.split("{")[0].split(" ")[0] for line in page.splitlines() if not line.startswith("#")}
+    dashboard = json.loads((Path(str(files("servegym"))) / "configs" / "grafana" / "gateway.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"servegym_\w+", target["expr"])
+    }
+    assert len(asked) > 12
+    assert asked <= shown
