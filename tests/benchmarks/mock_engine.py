@@ -28,7 +28,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             line, *headers = head.decode().split("\r\n")
             length = next((int(h.split(":")[1]) for h in headers if h.lower().startswith("content-length")), 0)
             body = await reader.readexactly(length)
-            if line.startswith("GET"):
+            if line.startswith("GET") or not json.loads(body).get("stream"):
                 content = b'{"data": [{"id": "m"}]}'
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
                 continue

@@ -18,7 +18,6 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import pytest
-from gateway_support import gateway_before
 
 from servegym.engine_bridge.cluster.engine import free_port, stop_groups
 from servegym.engine_bridge.gateway.arms import Arms
@@ -76,6 +75,26 @@ def router(engines: list[str]) -> Iterator[str | None]:
         stop_groups([process.pid], timeout_s=2.0)
 
 
+@pytest.fixture
+def gateway(engines: list[str], tmp_path: Path) -> Iterator[str]:
+    """A deployment in a process of its own: a client in the same interpreter would measure itself."""
+    (tmp_path / "cluster.yaml").write_text(f"name: mocks\nattach: [{', '.join(engines)}]\n")
+    port = free_port("127.0.0.1")
+    code = "from servegym.agents.cli import main; main()"
+    arguments = ["deploy", "round_robin", "--cluster", "cluster.yaml", "--listen", f"127.0.0.1:{port}"]
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 60
+        while not answers(url):
+            assert time.monotonic() < deadline, "the gateway does not start"
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 async def measure(url: str, streams: int, seconds: float) -> list[float]:
     """TTFT of closed loops of streams, at the client."""
     body = {"model": "m", "prompt": "a" * 2000, "max_tokens": TOKENS, "stream": True}
@@ -97,24 +116,23 @@ async def measure(url: str, streams: int, seconds: float) -> list[float]:
     return found
 
 
-def test_added_ttft(engines: list[str], router: str | None, tmp_path: Path) -> None:
-    with gateway_before(engines, tmp_path, policy="round_robin") as deployment:
-        ways = {"direct": engines[0], "gateway": f"http://{deployment.listen}"}
-        if router is not None:
-            ways["vllm-router"] = router
-        print(f"\nTTFT ms at the client, p50 / p99 (mock engine {TTFT_S * 1e3:g} ms); in brackets: added")
-        for streams in STREAMS:
-            found: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(ROUNDS):
-                for name, url in ways.items():
-                    found[name] += asyncio.run(measure(url, streams, 4.0))
-            quantiles = {name: np.quantile(values, (0.5, 0.99)) * 1e3 for name, values in found.items()}
-            cells = []
-            for name, (p50, p99) in quantiles.items():
-                added = f" (+{p50 - quantiles['direct'][0]:.2f} / +{p99 - quantiles['direct'][1]:.2f})"
-                cells.append(f"{name} {p50:.2f} / {p99:.2f}{'' if name == 'direct' else added}")
-            print(f"{streams:3} streams: " + "; ".join(cells))
-            assert quantiles["gateway"][0] - quantiles["direct"][0] < 20.0
+def test_added_ttft(engines: list[str], gateway: str, router: str | None) -> None:
+    ways = {"direct": engines[0], "gateway": gateway}
+    if router is not None:
+        ways["vllm-router"] = router
+    print(f"\nTTFT ms at the client, p50 / p99 (mock engine {TTFT_S * 1e3:g} ms); in brackets: added")
+    for streams in STREAMS:
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(ROUNDS):
+            for name, url in ways.items():
+                found[name] += asyncio.run(measure(url, streams, 4.0))
+        quantiles = {name: np.quantile(values, (0.5, 0.99)) * 1e3 for name, values in found.items()}
+        cells = []
+        for name, (p50, p99) in quantiles.items():
+            added = f" (+{p50 - quantiles['direct'][0]:.2f} / +{p99 - quantiles['direct'][1]:.2f})"
+            cells.append(f"{name} {p50:.2f} / {p99:.2f}{'' if name == 'direct' else added}")
+        print(f"{streams:3} streams: " + "; ".join(cells))
+        assert quantiles["gateway"][0] - quantiles["direct"][0] < 20.0
 
 
 @pytest.mark.parametrize("policy", ["lmetric", "bundle"])
