@@ -267,7 +267,8 @@ def test_parquet(tmp_path: Path, kind: str) -> None:
 
 
 def test_formats_are_told_apart(tmp_path: Path) -> None:
-    assert set(FORMATS) == {"native", "azure", "burstgpt", "mooncake", "bailian", "servegen", "tracelab"}
+    public = {"azure", "burstgpt", "mooncake", "bailian", "servegen", "tracelab"}
+    assert set(FORMATS) == public | {"native", "decisions"}
     for entry in FORMATS.values():
         assert entry.description
         assert entry.source
