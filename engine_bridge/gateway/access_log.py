@@ -26,7 +26,7 @@ class AccessLog:
     def __init__(self, core: DecisionCore) -> None:
         self._core = core
 
-    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+    def handler(self) -> grpc.GenericRpcHandler:
         """Return the service for a server."""
         stream = grpc.stream_unary_rpc_method_handler(
             self._stream, StreamAccessLogsMessage.FromString, StreamAccessLogsResponse.SerializeToString

@@ -58,7 +58,7 @@ class Picker:
         self._core = core
         self.serving = False
 
-    def handlers(self) -> list[grpc.GenericRpcHandler[Any, Any]]:
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
         """Return the services for a server: the picker under Envoy's name, and health."""
         process = grpc.stream_stream_rpc_method_handler(
             self._process, ProcessingRequest.FromString, ProcessingResponse.SerializeToString
