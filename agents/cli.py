@@ -214,6 +214,9 @@ def evaluate(
             help="Add an engine policy under a label: a bundle or run folder, a registered name, file.py:Class.",
         ),
     ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="A cluster that runs, by name: measure on its engines (rates_rps in the config).")
+    ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Worker processes; default: one per core.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep finished cells here; a rerun goes on from them.")] = None,
     parquet: Annotated[Path | None, typer.Option(help="Write all cells to this Parquet file.")] = None,
@@ -226,6 +229,7 @@ def evaluate(
     from servegym.configuration import load_config
 
     overrides = [*(settings or []), *_label_overrides(policy)]
+    overrides += [f"live.cluster={json.dumps(cluster)}"] if cluster is not None else []
     loaded = load_config(EvaluationConfig, config, "evaluate", overrides)
     try:
         result = run(loaded, processes=processes, out=out, progress=not as_json)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from servegym.envs.live.dispatch import ByPolicy
-    from servegym.envs.live.replay import ReplayConfig
-    from servegym.envs.workloads.table import RequestTable
 
 
 def replay_command(
@@ -34,7 +29,9 @@ def replay_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Send a workload or a trace to live engines, each request at its time, and print the metrics."""
+    from servegym.baselines.policy_spec import PolicySpec
     from servegym.configuration import load_config
+    from servegym.envs.live.dispatch import by_policy
     from servegym.envs.live.replay import ReplayConfig, replay
 
     overrides = list(settings or []) + ([f"seed={seed}"] if seed is not None else [])
@@ -46,7 +43,10 @@ def replay_command(
     ) as bar:
         task = bar.add_task("", total=1.0)
         table = loaded.table(loaded.workload, loaded.seed)
-        dispatcher = None if policy is None else _by_policy(policy, loaded, table, len(target.urls))
+        dispatcher = None
+        if policy is not None:
+            spec = PolicySpec.parse(policy.removeprefix("engine="))
+            dispatcher = by_policy(spec, table, loaded, len(target.urls), loaded.seed)
         result = replay(
             table,
             target.urls,
@@ -57,32 +57,13 @@ def replay_command(
         )
     for r, error in list(result.errors.items())[:5]:
         print(f"request {r} failed: {error}", file=sys.stderr)
-    metrics = result.metrics(loaded)
+    metrics = result.metrics(loaded.slo, loaded.warmup_share)
     if dispatcher is not None:
         metrics |= {"policy": policy, "fallbacks": dict(dispatcher.router.fallbacks)}
     if as_json:
         print(json.dumps(metrics, indent=2))
     else:
         (Console() if sys.stdout.isatty() else Console(width=110)).print(_table(metrics))
-
-
-def _by_policy(text: str, config: ReplayConfig, table: RequestTable, engines: int) -> ByPolicy:
-    import servegym.engine_bridge.bundle  # noqa: F401 - makes bundles available by path
-    from servegym.baselines.policy_spec import PolicySpec
-    from servegym.baselines.registry import create
-    from servegym.engine_bridge.router.choice import PolicyRouter
-    from servegym.engine_bridge.router.table import EngineTable
-    from servegym.envs.live.dispatch import ByPolicy
-    from servegym.errors import InputError
-
-    chosen = create("engine", PolicySpec.parse(text.removeprefix("engine=")))
-    if getattr(chosen, "needs_oracle", False):
-        raise InputError("--policy", text, "needs true output lengths, which nobody knows of live requests")
-    reset = getattr(chosen, "reset", None)
-    if reset is not None:
-        reset(config.seed)
-    router = PolicyRouter(chosen, EngineTable([config.limits] * engines))
-    return ByPolicy(router, table, config.seed, config.telemetry_period_s)
 
 
 def _table(metrics: dict[str, Any]) -> Table:

@@ -145,6 +145,28 @@ def create(layer: Layer, spec: PolicySpec | str) -> Any:
     return policy(**spec.params)
 
 
+@overload
+def create_live(layer: Literal["request"], spec: PolicySpec | str, seed: int = 0) -> RequestPolicy: ...
+@overload
+def create_live(layer: Literal["engine"], spec: PolicySpec | str, seed: int = 0) -> EnginePolicy: ...
+@overload
+def create_live(layer: Literal["expert"], spec: PolicySpec | str, seed: int = 0) -> ExpertPolicy: ...
+def create_live(layer: Layer, spec: PolicySpec | str, seed: int = 0) -> Any:
+    """Make a policy for live engines, ready to decide.
+
+    Raises:
+        InputError: as :func:`create`, or the policy needs what only a simulator can grant.
+    """
+    policy = create(layer, spec)
+    if getattr(policy, "needs_oracle", False):
+        need = "the future" if layer == "expert" else "true output lengths"
+        raise InputError(f"policy {layer}={spec}", "", f"needs {need}, which live engines do not know")
+    reset = getattr(policy, "reset", None)
+    if reset is not None:
+        reset(seed)
+    return policy
+
+
 def policy_class(layer: Layer, name: str) -> type[Any]:
     """Return the class of a registered name, a plugin, ``module:Class`` or ``file.py:Class``.
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from servegym.agents.evaluation.published import PublishedFigure
 from servegym.configuration import Config
+from servegym.envs.live.options import LiveOptions
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.simulation import Objectives, Policies
 from servegym.envs.simulator.config import ClusterConfig
@@ -23,6 +24,7 @@ class EvaluationConfig(Config):
 
     name: str = "evaluation"
     cluster: ClusterConfig = ClusterConfig()
+    live: LiveOptions | None = Field(default=None, description="engines that run, in place of the simulated cluster")
     workloads: tuple[WorkloadChoice, ...] = Field(min_length=1, description="their own load or rate_rps is not used")
     loads: tuple[Positive, ...] = Field(
         default=(), description="shares of the cluster's capacity; default: 0.8, or none with rates_rps"
@@ -43,6 +45,11 @@ class EvaluationConfig(Config):
             )
         if self.loads and self.rates_rps:
             raise ValueError("either loads or rates_rps")
+        if self.live is not None and not self.rates_rps:
+            raise ValueError("rates_rps with live engines, whose capacity is not known")
+        for label, policies in self.policies.items() if self.live is not None else ():
+            if policies.expert != Policies().expert:
+                raise ValueError(f"live engines with the placement that they have, not {policies.expert} of {label}")
         for figure in self.published:
             for label in (figure.policy, figure.baseline or self.baseline):
                 if label not in self.policies:

@@ -134,7 +134,7 @@ class Evaluation:
         table = Table(
             title=f"{workload}, {self._level(level)}, {count} seed{'s' if count > 1 else ''}",
             caption=f"Mean over seeds; below it the difference to {self.config.baseline} on the same requests, in %,"
-            " with half its 95 % interval. * the interval excludes 0. Bold: the best.",
+            f" with half its 95 % interval. * the interval excludes 0. Bold: the best.{self._trouble(workload, level)}",
             title_justify="left",
             caption_justify="left",
             box=box.SIMPLE_HEAD,
@@ -150,6 +150,21 @@ class Evaluation:
         for policy in self.config.policies:
             table.add_row(policy, *(self._entry(metric, policy, workload, level, best[metric]) for metric in METRICS))
         return table
+
+    def _trouble(self, workload: str, level: float) -> str:
+        """Say what went wrong on live engines; empty if nothing did."""
+        found = []
+        for policy in self.config.policies:
+            rows = [
+                row
+                for row in self.rows
+                if (row["policy"], row["workload"], row[self.config.level_name]) == (policy, workload, level)
+            ]
+            for key, what in (("failed", "failed requests"), ("fallbacks", "decisions by a heuristic in its place")):
+                count = sum(row.get(key, 0) for row in rows)
+                if count:
+                    found.append(f"\n{policy}: {count} {what}.")
+        return "".join(found)
 
     def _entry(self, metric: str, policy: str, workload: str, level: float, best: str) -> str:
         _, _, factor, decimals, _ = METRICS[metric]

@@ -59,12 +59,13 @@ def evaluate(
 
     Args:
         config: what to evaluate.
-        processes: worker processes; default: one per core. The result does not depend on it.
+        processes: worker processes; default: one per core. The result does not depend on it. Live engines have one.
         out: folder for the results of finished cells; a second run with the same config goes on from there.
         progress: show a bar on stderr, where that is a terminal.
 
     Raises:
         InputError: unknown names, a bad trace, or ``out`` holds another evaluation.
+        EngineError: live engines do not answer.
     """
     cells: list[Cell] = [
         (index, level, seed)
@@ -75,12 +76,21 @@ def evaluate(
     done = _finished(config, out)
     missing = [cell for cell in cells if cell not in done]
     with _bar(progress, len(cells), len(cells) - len(missing)) as advance:
-        for cell, rows in _run(config, missing, processes or os.cpu_count() or 1):
+        for cell, rows in _runner(config, missing, processes):
             done[cell] = rows
             if out is not None:
                 _append(out, cell, rows)
             advance()
     return Evaluation(config=config, rows=[row for cell in cells for row in done[cell]])
+
+
+def _runner(config: EvaluationConfig, cells: list[Cell], processes: int | None) -> Iterator[tuple[Cell, list[Row]]]:
+    if config.live is None:
+        return _run(config, cells, processes or os.cpu_count() or 1)
+    # Only here: it needs the extra "live".
+    from servegym.agents.evaluation.live import run_live
+
+    return run_live(config, config.live, cells)
 
 
 def _run(config: EvaluationConfig, cells: list[Cell], processes: int) -> Iterator[tuple[Cell, list[Row]]]:

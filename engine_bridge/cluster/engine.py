@@ -68,23 +68,27 @@ def vllm_arguments(arguments: Mapping[str, Any]) -> list[str]:
 
 def free_port(host: str) -> int:
     """Return a port that nobody listens on at the moment."""
-    with socket.socket() as probe:
+    with socket.socket(_family(host)) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
-def check_port(host: str, port: int, field: str) -> None:
+def check_port(host: str, port: int, source: str, field: str) -> None:
     """Make sure that a port can be listened on.
 
     Raises:
         InputError: somebody does already.
     """
-    with socket.socket() as probe:
+    with socket.socket(_family(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise InputError("cluster", field, f"got {port}; {error.strerror} on {host}") from None
+            raise InputError(source, field, f"got {port}; {error.strerror} on {host}") from None
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class EngineProcess:
@@ -225,13 +229,13 @@ def last_lines(log: Path, count: int = _LAST_LINES) -> str:
 
 def healthy(url: str) -> bool:
     """Whether an engine's server answers."""
-    return _request(f"{url}/health") is not None
+    return ask_json(f"{url}/health") is not None
 
 
 def completes(url: str, model: str) -> bool:
     """Whether an engine completes a request of one token."""
     body = {"model": model, "prompt": "servegym", "max_tokens": 1, "temperature": 0}
-    return _request(f"{url}/v1/completions", body) is not None
+    return ask_json(f"{url}/v1/completions", body) is not None
 
 
 def served_models(url: str) -> Sequence[str]:
@@ -240,7 +244,7 @@ def served_models(url: str) -> Sequence[str]:
     Raises:
         InputError: nobody answers there, or not as vLLM does.
     """
-    answer = _request(f"{url}/v1/models")
+    answer = ask_json(f"{url}/v1/models")
     try:
         names = [str(entry["id"]) for entry in (answer or {})["data"]]
     except (KeyError, TypeError):
@@ -248,12 +252,12 @@ def served_models(url: str) -> Sequence[str]:
     return names
 
 
-def _request(url: str, body: Mapping[str, Any] | None = None) -> Any:
+def ask_json(url: str, body: Mapping[str, Any] | None = None, timeout_s: float = _PROBE_S) -> Any:
     """Return the JSON of a good answer ({} for an empty one), None for any other."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=_PROBE_S) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
             content = response.read()
         return json.loads(content) if content else {}
     except (OSError, ValueError, urllib.error.URLError):

@@ -35,7 +35,13 @@ from servegym.engine_bridge.cluster.engine import (
     vllm_arguments,
 )
 from servegym.engine_bridge.vllm_plugin.eplb import POLICY_VARIABLE as EPLB_VARIABLE
-from servegym.engine_bridge.vllm_plugin.protocol import POLICY_VARIABLE, RATE_VARIABLE, STATE_VARIABLE, write_policy
+from servegym.engine_bridge.vllm_plugin.protocol import (
+    POLICY_VARIABLE,
+    RATE_VARIABLE,
+    STATE_VARIABLE,
+    read_policy,
+    write_policy,
+)
 from servegym.errors import InputError
 
 STATE = "state.json"
@@ -101,6 +107,12 @@ class LiveCluster:
     model: str
     engines: tuple[LiveEngine, ...]
     folder: Path
+
+    @property
+    def request_policy(self) -> PolicySpec | None:
+        """What the engines' schedulers were told last; None without our scheduler."""
+        path = self.folder / POLICY
+        return read_policy(path)[1] if path.is_file() else None
 
     def set_request_policy(self, spec: PolicySpec) -> int:
         """Let the engines' schedulers follow another request policy, within a second.
@@ -201,7 +213,7 @@ def _attach(file: ClusterFile, folder: Path) -> LiveCluster:
 
 def _command(file: ClusterFile, folder: Path, index: int) -> EngineCommand:
     if file.ports:
-        check_port(file.host, file.ports[index], f"ports.{index}")
+        check_port(file.host, file.ports[index], "cluster", f"ports.{index}")
     port = file.ports[index] if file.ports else free_port(file.host)
     tiny = file.model == TINY_MOE
     model = str(write_tiny_moe(folder / TINY_MOE).resolve()) if tiny else file.model

@@ -12,7 +12,7 @@ from aiohttp import web
 from servegym.baselines.interface import E_INFLIGHT, E_KV_USAGE, E_PREFILL_TOKENS, E_RUNNING, E_WAITING
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.configuration import Config, validate
-from servegym.engine_bridge.gateway.config import Mode
+from servegym.engine_bridge.gateway.config import Mode, Percent
 from servegym.engine_bridge.gateway.core import Gateway
 from servegym.errors import InputError
 
@@ -24,7 +24,7 @@ class SwapRequest(Config):
 
     policy: PolicySpec | None = None
     mode: Mode | None = None
-    percent: float | None = None
+    percent: Percent | None = None
 
 
 class DrainRequest(Config):
@@ -101,8 +101,6 @@ class Admin:
 
     async def _policy(self, content: Mapping[str, Any]) -> None:
         wanted = validate(SwapRequest, content, "deploy swap")
-        if wanted.percent is not None and not 0 < wanted.percent <= 100:
-            raise InputError("deploy swap", "percent", f"got {wanted.percent}; allowed: above 0, to 100")
         arms = self._gateway.arms
         async with self._swapping:
             arm = arms.policy

@@ -14,9 +14,9 @@ import numpy as np
 
 import servegym.engine_bridge.bundle  # noqa: F401 - makes bundles available by path
 from servegym.baselines import interface as i
-from servegym.baselines.interface import EnginePolicy, EngineViews, RequestView
+from servegym.baselines.interface import EngineViews, RequestView
 from servegym.baselines.policy_spec import PolicySpec
-from servegym.baselines.registry import create
+from servegym.baselines.registry import create_live
 from servegym.engine_bridge.gateway.config import Mode
 from servegym.engine_bridge.golden import draw_decision
 from servegym.engine_bridge.router.guard import GuardedPolicy, Scored
@@ -47,18 +47,13 @@ class Arm:
         return str(self.spec)
 
 
-def make_arm(spec: PolicySpec, version: int, deadline_s: float, seed: int, field: str) -> Arm:
+def make_arm(spec: PolicySpec, version: int, deadline_s: float, seed: int) -> Arm:
     """Make a policy ready for service.
 
     Raises:
         InputError: no such policy, a damaged bundle, or one that needs what only a simulator knows.
     """
-    policy: EnginePolicy = create("engine", spec)
-    if getattr(policy, "needs_oracle", False):
-        raise InputError(field, spec.name, "needs true output lengths, which nobody knows of live requests")
-    reset = getattr(policy, "reset", None)
-    if reset is not None:
-        reset(seed)
+    policy = create_live("engine", spec, seed)
     trusted = type(policy).__module__.startswith("servegym.")
     return Arm(spec, version, GuardedPolicy(policy, deadline_s), trusted)
 
@@ -84,8 +79,8 @@ class Arms:
         self._seed = seed
         self._recent: deque[tuple[RequestView, EngineViews]] = deque(maxlen=_REMEMBERED)
         self._lane = _Lane()
-        self.policy = make_arm(policy, 1, deadline_s, seed, "policy")
-        self.baseline = make_arm(baseline, 0, deadline_s, seed, "baseline")
+        self.policy = make_arm(policy, 1, deadline_s, seed)
+        self.baseline = make_arm(baseline, 0, deadline_s, seed)
 
     def recent(self) -> list[tuple[RequestView, EngineViews]]:
         """Return the last decisions' views; a made-up one before the first request."""
@@ -97,7 +92,7 @@ class Arms:
         Raises:
             InputError: it cannot be loaded, or fails on one of the views.
         """
-        arm = make_arm(spec, self.policy.version + 1, self._deadline_s, self._seed, "policy")
+        arm = make_arm(spec, self.policy.version + 1, self._deadline_s, self._seed)
         for request, engines in views:
             scored = arm.policy.score(request, engines)
             if scored.fallback:
@@ -128,10 +123,9 @@ class Arms:
         if arm.trusted:
             return arm.policy.score(request, engines)
         scored = await self._lane.run(arm.policy, request, engines, self._deadline_s)
-        if scored is not None:
+        if isinstance(scored, Scored):
             return scored
-        reason = "busy" if self._lane.busy_before else "late"
-        return arm.policy.fall_back(request, engines, reason, self._deadline_s)
+        return arm.policy.fall_back(request, engines, scored, self._deadline_s)
 
 
 class _Lane:
@@ -143,14 +137,13 @@ class _Lane:
         ] = queue.SimpleQueue()
         self._busy: asyncio.Future[Scored] | None = None
         self._thread: threading.Thread | None = None
-        self.busy_before = False
 
     async def run(
         self, policy: GuardedPolicy, request: RequestView, engines: EngineViews, deadline_s: float
-    ) -> Scored | None:
-        self.busy_before = self._busy is not None and not self._busy.done()
-        if self.busy_before:
-            return None
+    ) -> Scored | str:
+        """Return the policy's scores, or why there are none."""
+        if self._busy is not None and not self._busy.done():
+            return "busy"
         if self._thread is None:
             # A daemon: a policy that never returns must not keep the process.
             self._thread = threading.Thread(target=self._work, name="policy", daemon=True)
@@ -159,7 +152,7 @@ class _Lane:
         self._busy = loop.create_future()
         self._jobs.put((policy, request, engines, loop, self._busy))
         done, _ = await asyncio.wait({self._busy}, timeout=deadline_s)
-        return self._busy.result() if done else None
+        return self._busy.result() if done else "late"
 
     def _work(self) -> None:
         while True:

@@ -15,6 +15,7 @@ from servegym.engine_bridge.router.table import EngineLimits
 
 Mode = Literal["shadow", "canary", "full"]
 Positive = Annotated[float, Field(gt=0)]
+Percent = Annotated[float, Field(gt=0, le=100)]
 
 DESTINATION = "x-gateway-destination-endpoint"
 """Header and metadata key of the Endpoint Picker protocol."""
@@ -50,7 +51,7 @@ class DeployConfig(Config):
         default=None, description="order of the engines' waiting queues; by our scheduler in them, else by a static key"
     )
     mode: Mode = Field(default="full", description="shadow: decide and log; canary: a share of requests; full: all")
-    percent: float = Field(default=5.0, gt=0, le=100, description="of sessions that a canary serves")
+    percent: Percent = Field(default=5.0, description="of sessions that a canary serves")
     baseline: PolicySpec = Field(
         default=PolicySpec(name="least_requests"), description="engine policy that acts where the policy does not"
     )

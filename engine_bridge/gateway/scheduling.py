@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
+
+from servegym.engine_bridge.cluster.engine import ask_json
 
 _REQUESTS, _APART_S = 16, 0.004
 _PROMPT_TOKENS = 2048
@@ -33,7 +32,7 @@ def heeds_priorities(url: str, model: str) -> bool | None:
 
 
 def _declared(url: str) -> str | None:
-    answer = _json(f"{url}/server_info?config_format=json")
+    answer = ask_json(f"{url}/server_info?config_format=json")
     try:
         return str(answer["vllm_config"]["scheduler_config"]["policy"])
     except (KeyError, TypeError):
@@ -42,7 +41,7 @@ def _declared(url: str) -> str | None:
 
 def _finish_order(url: str, model: str) -> list[int] | None:
     """Send requests with falling priority numbers; return them in the order in which they ended."""
-    models = _json(f"{url}/v1/models")
+    models = ask_json(f"{url}/v1/models")
     try:
         longest = int(models["data"][0]["max_model_len"])
     except (KeyError, TypeError, IndexError, ValueError):
@@ -56,19 +55,9 @@ def _finish_order(url: str, model: str) -> list[int] | None:
 
     def one(number: int) -> float:
         time.sleep(number * _APART_S)
-        answered = _json(f"{url}/v1/completions", bodies[number]) is not None
+        answered = ask_json(f"{url}/v1/completions", bodies[number], _TIMEOUT_S) is not None
         return time.perf_counter() if answered else np.inf
 
     with ThreadPoolExecutor(_REQUESTS) as pool:
         ends = np.array(list(pool.map(one, range(_REQUESTS))))
     return np.argsort(ends).tolist() if np.isfinite(ends).all() else None
-
-
-def _json(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-            return json.loads(response.read())
-    except (OSError, ValueError):
-        return None

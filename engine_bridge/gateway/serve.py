@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 from aiohttp import web
 
-from servegym.engine_bridge.cluster.engine import free_port, process_alive, stop_groups
+from servegym.engine_bridge.cluster.engine import check_port, free_port, process_alive, stop_groups
 from servegym.engine_bridge.gateway.access_log import AccessLog
 from servegym.engine_bridge.gateway.admin import Admin
 from servegym.engine_bridge.gateway.arms import Arms
@@ -296,12 +296,7 @@ def _with_port(address: str, field: str) -> str:
     if port == 0:
         port = free_port(host)
     else:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise InputError("deploy", field, f"got {address}; {error.strerror}") from None
+        check_port(host, port, "deploy", field)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

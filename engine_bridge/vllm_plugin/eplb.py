@@ -16,7 +16,7 @@ import numpy as np
 
 from servegym.baselines.interface import ExpertLoad, ExpertPolicy, Placement
 from servegym.baselines.policy_spec import PolicySpec
-from servegym.baselines.registry import create
+from servegym.baselines.registry import create_live
 from servegym.errors import InputError
 
 POLICY_VARIABLE = "SERVEGYM_EPLB_POLICY"
@@ -41,14 +41,9 @@ def install(text: str, policies: dict[str, type[Any]]) -> None:
 
 
 def _checked(spec: PolicySpec) -> ExpertPolicy:
-    policy: ExpertPolicy = create("expert", spec)
-    if getattr(policy, "needs_oracle", False):
-        raise InputError(POLICY_VARIABLE, "policy", f"got {spec.name}, which needs the future")
+    policy = create_live("expert", spec)
     if hasattr(getattr(policy, "params", None), "limit_s"):
         raise InputError(POLICY_VARIABLE, "policy", f"got {spec.name}, whose time limit makes ranks differ")
-    reset = getattr(policy, "reset", None)
-    if reset is not None:
-        reset(0)
     return policy
 
 

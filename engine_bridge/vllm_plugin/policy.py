@@ -12,9 +12,8 @@ import numpy as np
 
 from servegym.baselines.interface import FloatArray, QueueView, RequestPolicy
 from servegym.baselines.policy_spec import PolicySpec
-from servegym.baselines.registry import create
+from servegym.baselines.registry import create_live
 from servegym.engine_bridge.vllm_plugin.protocol import read_policy, write_state
-from servegym.errors import InputError
 
 _logger = logging.getLogger("vllm.servegym")
 _LOOK_S = 0.1
@@ -88,12 +87,7 @@ class LivePolicy:
     def _load(self) -> None:
         try:
             version, spec = read_policy(self._path)
-            policy = create("request", spec)
-            reset = getattr(policy, "reset", None)
-            if reset is not None:
-                reset(0)
-            if getattr(policy, "needs_oracle", False):
-                raise InputError(str(self._path), "policy", f"got {spec.name}, which needs true output lengths")
+            policy = create_live("request", spec)
         except Exception as error:
             self._reason = str(error)
             _logger.warning("servegym: policy not taken up: %s", error)

@@ -11,10 +11,15 @@ import aiohttp
 import numpy as np
 import numpy.typing as npt
 
+import servegym.engine_bridge.bundle  # noqa: F401 - makes bundles available by path
 from servegym.baselines.interface import RequestView
+from servegym.baselines.policy_spec import PolicySpec
+from servegym.baselines.registry import create_live
 from servegym.engine_bridge.router.choice import PolicyRouter
 from servegym.engine_bridge.router.health import Health
+from servegym.engine_bridge.router.table import EngineTable
 from servegym.engine_bridge.router.telemetry import watch
+from servegym.envs.live.options import LiveOptions
 from servegym.envs.workloads.table import RequestTable
 from servegym.errors import EngineError
 
@@ -109,6 +114,16 @@ class ByPolicy:
         await watch(
             session, urls, table, Health(table), period_s=self._period_s, clock=lambda: time.perf_counter() - start_s
         )
+
+
+def by_policy(spec: PolicySpec, table: RequestTable, options: LiveOptions, engines: int, seed: int = 0) -> ByPolicy:
+    """Return the choice of a policy that begins to route now.
+
+    Raises:
+        InputError: no such policy, or one that needs what live engines do not know.
+    """
+    router = PolicyRouter(create_live("engine", spec, seed), EngineTable([options.limits] * engines))
+    return ByPolicy(router, table, seed, options.telemetry_period_s)
 
 
 def request_view(

@@ -62,11 +62,9 @@ class ReplayResult:
     errors: dict[int, str]
     wall_s: float
 
-    def metrics(self, config: ReplayConfig) -> dict[str, Any]:
+    def metrics(self, slo: Objectives, warmup_share: float = 0.0) -> dict[str, Any]:
         """Summarise; the same keys as a simulation has, as far as a client can see them."""
-        found = self.outcome.metrics(
-            warmup_share=config.warmup_share, ttft_slo_s=config.slo.ttft_s, tpot_slo_s=config.slo.tpot_s
-        )
+        found = self.outcome.metrics(warmup_share=warmup_share, ttft_slo_s=slo.ttft_s, tpot_slo_s=slo.tpot_s)
         served = self.outcome.engine
         count = int(served.max()) + 1 if len(served) else 0
         found |= {

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -39,19 +40,30 @@ def answers(url: str) -> bool:
     return True
 
 
+@contextmanager
+def served(command: Sequence[str | Path], port: int, folder: Path | None = None) -> Iterator[str]:
+    """A server in a process of its own: a client in the same interpreter would measure itself."""
+    url = f"http://127.0.0.1:{port}"
+    output = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 60
+        while not answers(url):
+            assert time.monotonic() < deadline, f"{command[0]} does not start"
+            time.sleep(0.1)
+        yield url
+    finally:
+        stop_groups([process.pid], timeout_s=10.0)
+
+
 @pytest.fixture
 def engines() -> Iterator[list[str]]:
-    ports = [free_port("127.0.0.1") for _ in range(2)]
     program = Path(__file__).with_name("mock_engine.py")
-    processes = [
-        subprocess.Popen([sys.executable, program, str(p), str(TTFT_S), str(ITL_S)], start_new_session=True)
-        for p in ports
-    ]
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
-    while not all(answers(url) for url in urls):
-        time.sleep(0.05)
-    yield urls
-    stop_groups([process.pid for process in processes], timeout_s=1.0)
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(served([sys.executable, program, str(port), str(TTFT_S), str(ITL_S)], port))
+            for port in (free_port("127.0.0.1"), free_port("127.0.0.1"))
+        ]
 
 
 @pytest.fixture
@@ -62,37 +74,20 @@ def router(engines: list[str]) -> Iterator[str | None]:
         return
     port, metrics = free_port("127.0.0.1"), free_port("127.0.0.1")
     ports = ["--port", str(port), "--prometheus-port", str(metrics)]
-    command = [program, "--host", "127.0.0.1", *ports, "--policy", "round_robin", "--worker-urls", *engines]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while not answers(url):
-            assert time.monotonic() < deadline, "vllm-router does not start"
-            time.sleep(0.2)
+    with served(
+        [program, "--host", "127.0.0.1", *ports, "--policy", "round_robin", "--worker-urls", *engines], port
+    ) as url:
         yield url
-    finally:
-        stop_groups([process.pid], timeout_s=2.0)
 
 
 @pytest.fixture
 def gateway(engines: list[str], tmp_path: Path) -> Iterator[str]:
-    """A deployment in a process of its own: a client in the same interpreter would measure itself."""
     (tmp_path / "cluster.yaml").write_text(f"name: mocks\nattach: [{', '.join(engines)}]\n")
     port = free_port("127.0.0.1")
-    code = "from servegym.agents.cli import main; main()"
+    program = [sys.executable, "-c", "from servegym.agents.cli import main; main()"]
     arguments = ["deploy", "round_robin", "--cluster", "cluster.yaml", "--listen", f"127.0.0.1:{port}"]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while not answers(url):
-            assert time.monotonic() < deadline, "the gateway does not start"
-            time.sleep(0.2)
+    with served([*program, *arguments], port, tmp_path) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 async def measure(url: str, streams: int, seconds: float) -> list[float]:

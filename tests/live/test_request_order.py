@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from servegym.agents.evaluation import EvaluationConfig, evaluate
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.engine_bridge.cluster.launcher import LiveCluster
 from servegym.envs.live.replay import ReplayConfig, ReplayResult, replay
@@ -55,15 +56,20 @@ def test_our_scheduler_is_in_the_engine(one_engine: LiveCluster) -> None:
 
 
 def test_shortest_first_with_aging_cuts_ttft_against_fcfs(one_engine: LiveCluster) -> None:
-    """Interleaved, as machines drift; the promise is 30 % of the mean over three pairs."""
-    means: dict[str, list[float]] = {"fcfs": [], "spf_aging,gamma=200": []}
-    for seed in (11, 12, 13):
-        for policy, found in means.items():
-            use(one_engine, policy)
-            _, result = load(one_engine, seed)
-            assert not result.errors
-            found.append(float(result.outcome.ttft_s.mean()))
-    fcfs, shortest = (np.mean(found) for found in means.values())
+    """An evaluation, whose policies take turns, as machines drift; the promise is 30 % of the mean."""
+    content = {
+        "live": {"cluster": str(one_engine.folder), "output_scale": 0.05, "max_tokens": 2500},
+        "workloads": [{"name": "azure-conv", "requests": 80}],
+        "rates_rps": [60.0],
+        "seeds": 3,
+        "baseline": "fcfs",
+        "policies": {"fcfs": {}, "shortest": {"request": {"name": "spf_aging", "params": {"gamma": 200}}}},
+    }
+    before = one_engine.request_policy
+    found = evaluate(EvaluationConfig.model_validate(content))
+    assert one_engine.request_policy == before
+    assert sum(row["failed"] + row["fallbacks"] for row in found.rows) == 0
+    fcfs, shortest = (np.mean(found.values("ttft_s", name, "azure-conv", 60.0)) for name in ("fcfs", "shortest"))
     print(f"mean TTFT {fcfs:.3f} s FCFS, {shortest:.3f} s shortest first with aging: {shortest / fcfs - 1:+.0%}")
     assert shortest < 0.7 * fcfs
 

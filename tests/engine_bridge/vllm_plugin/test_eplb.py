@@ -65,7 +65,7 @@ def test_a_policy_that_fails_leaves_it_to_vllm(tmp_path: Path, fault: str) -> No
 @pytest.mark.parametrize(
     ("spec", "line"),
     [
-        ("oracle", "got oracle, which needs the future"),
+        ("oracle", "policy expert=oracle: needs the future"),
         ("exflow", "got exflow, whose time limit makes ranks differ"),
         ("eplbb", "did you mean eplb?"),
     ],

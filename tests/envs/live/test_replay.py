@@ -37,7 +37,7 @@ def test_requests_go_out_in_time_and_come_back_timed(fake_cluster: Make, tmp_pat
     with running_cluster(fake_cluster({"ttft_s": 0.05, "itl_s": 0.002}), tmp_path) as cluster:
         shares: list[float] = []
         result = replay(table, urls(cluster), cluster.model, CONFIG, progress=shares.append)
-    outcome, metrics = result.outcome, result.metrics(CONFIG)
+    outcome, metrics = result.outcome, result.metrics(CONFIG.slo, CONFIG.warmup_share)
     assert result.errors == {}
     np.testing.assert_allclose(outcome.arrival_s, table.arrival_s)
     np.testing.assert_array_equal(outcome.output_tokens, table.output_tokens)
@@ -69,7 +69,7 @@ def test_what_fails_is_told_and_left_out(fake_cluster: Make, tmp_path: Path) -> 
     assert len(result.errors) == 10
     assert set(result.errors.values()) == {'HTTP 503: {"error": "busy"}'}
     assert np.isnan(result.outcome.ttft_s).sum() == 10
-    assert result.metrics(CONFIG)["failed"] == 10
+    assert result.metrics(CONFIG.slo, CONFIG.warmup_share)["failed"] == 10
     with running_cluster(fake_cluster({"cut": True}, engines=1), tmp_path / "b") as cluster:
         result = replay(table, urls(cluster), cluster.model, CONFIG)
     cut = table.output_tokens >= 3
