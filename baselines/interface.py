@@ -73,7 +73,10 @@ C_FREE_BLOCKS = 3
 C_TOTAL_BLOCKS = 4
 C_BLOCK_SIZE = 5
 C_PREFILL_TOKENS_PER_S = 6
-CONTEXT_COLUMNS = 7
+# Of a queue that is scored anew at each step; 0 where a score is taken once, on arrival.
+C_WAITING = 7
+C_WAITING_TOKENS = 8
+CONTEXT_COLUMNS = 9
 
 # Entries of the request row that a compiled engine policy reads, shape (REQUEST_COLUMNS,).
 R_NOW_S = 0
@@ -235,6 +238,16 @@ class QueueView:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def context(self) -> FloatArray:
+        """Return the ``C_*`` entries as one row, as compiled policies read them. Shape (CONTEXT_COLUMNS,)."""
+        row = np.empty(CONTEXT_COLUMNS)
+        row[C_NOW_S], row[C_RUNNING], row[C_MAX_NUM_SEQS] = self.now_s, self.running, self.max_num_seqs
+        row[C_FREE_BLOCKS], row[C_TOTAL_BLOCKS] = self.free_blocks, self.total_blocks
+        row[C_BLOCK_SIZE], row[C_PREFILL_TOKENS_PER_S] = self.block_size, self.prefill_tokens_per_s
+        row[C_WAITING] = len(self.data)
+        row[C_WAITING_TOKENS] = (self.prompt_tokens - self.computed_tokens).sum()
+        return row
 
     wait_s = _Column(Q_WAIT_S, "now - arrival, seconds")
     prompt_tokens = _Column(Q_PROMPT_TOKENS, "tokens to be in the KV cache before the next output token")

@@ -16,6 +16,8 @@ from servegym.baselines.interface import (
     C_PREFILL_TOKENS_PER_S,
     C_RUNNING,
     C_TOTAL_BLOCKS,
+    C_WAITING,
+    C_WAITING_TOKENS,
     Q_COMPUTED_TOKENS,
     Q_DEADLINE_S,
     Q_PREDICTED_TOKENS,
@@ -28,7 +30,7 @@ from servegym.baselines.interface import (
 )
 from servegym.compilation import compiled
 
-QUEUE_FEATURES: tuple[Feature, ...] = (
+REQUEST_OWN_FEATURES: tuple[Feature, ...] = (
     Feature("log_prefill", "ln of the tokens to be computed, in 1,000 tokens", low=-7.0),
     Feature("log_wait", "ln(1 + wait / 0.1 s)"),
     Feature("prefill_time", "ln(1 + prefill at the calibrated rate / 0.1 s)"),
@@ -38,6 +40,10 @@ QUEUE_FEATURES: tuple[Feature, ...] = (
     Feature("follow_up", "1 for a later turn of a session", high=1.0),
     Feature("preempted", "1 if it was preempted", high=1.0),
     Feature("log_predicted", "ln(1 + predicted output tokens / 100); 0 without a prediction"),
+)
+"""What depends on a waiting request and its engine, not on the other requests."""
+QUEUE_FEATURES: tuple[Feature, ...] = (
+    *REQUEST_OWN_FEATURES,
     Feature("relative_prefill", "log_prefill minus its minimum over the requests shown"),
     Feature("relative_wait", "its maximum over the requests shown minus log_wait"),
 )
@@ -45,7 +51,7 @@ QUEUE_CONTEXT_FEATURES: tuple[Feature, ...] = (
     Feature("log_waiting", "ln(1 + waiting requests)"),
     Feature("batch_share", "running requests / max_num_seqs"),
     Feature("kv_usage", "share of KV blocks in use", high=1.0),
-    Feature("log_queue", "ln(1 + waiting prefill tokens of the requests shown / 1,000)"),
+    Feature("log_queue", "ln(1 + waiting prefill tokens / 1,000)"),
     Feature("queue_time", "ln(1 + their prefill at the calibrated rate / 0.1 s)"),
 )
 _RELATIVE_PREFILL, _RELATIVE_WAIT = 9, 10
@@ -53,43 +59,61 @@ _RELATIVE_PREFILL, _RELATIVE_WAIT = 9, 10
 
 @compiled
 def fill_queue_features(
-    queue: FloatArray, context: FloatArray, waiting: int, features: Float32Array, context_features: Float32Array
+    queue: FloatArray, context: FloatArray, features: Float32Array, context_features: Float32Array
 ) -> None:
     """Fill the features of the first requests of a queue; rows beyond them are zero.
 
     Args:
         queue: rows of ``Q_*`` entries of the requests shown, shape (shown, QUEUE_COLUMNS).
         context: row of ``C_*`` entries, shape (CONTEXT_COLUMNS,).
-        waiting: all waiting requests.
         features: output, shape (at least shown, len(QUEUE_FEATURES)).
         context_features: output, shape (len(QUEUE_CONTEXT_FEATURES),).
     """
     features[:, :] = 0.0
-    rate, block = context[C_PREFILL_TOKENS_PER_S], context[C_BLOCK_SIZE]
-    free = max(context[C_FREE_BLOCKS], 1.0)
-    shortest, longest_wait, total = math.inf, 0.0, 0.0
+    shortest, longest_wait = math.inf, 0.0
     for i in range(queue.shape[0]):
-        request, out = queue[i], features[i]
-        tokens = max(request[Q_PROMPT_TOKENS] - request[Q_COMPUTED_TOKENS], 1.0)
-        wait = max(request[Q_WAIT_S], 0.0)
-        out[0] = math.log(tokens * 1e-3)
-        out[1] = math.log1p(wait * 10.0)
-        out[2] = math.log1p(tokens / rate * 10.0)
-        out[3] = min(math.ceil(request[Q_PROMPT_TOKENS] / block) / free, 4.0)
-        out[4] = 1.0 / (1.0 + max(request[Q_DEADLINE_S] - wait, 0.0))
-        out[5] = math.tanh(request[Q_PRIORITY] * 0.1)
-        out[6] = 1.0 if request[Q_TURN] > 0 else 0.0
-        out[7] = 1.0 if request[Q_PREEMPTIONS] > 0 else 0.0
-        predicted = request[Q_PREDICTED_TOKENS]
-        out[8] = 0.0 if math.isnan(predicted) else math.log1p(predicted * 0.01)
-        shortest = min(shortest, out[0])
-        longest_wait = max(longest_wait, out[1])
-        total += tokens
+        fill_request_features(queue[i], context, features[i])
+        shortest = min(shortest, features[i, 0])
+        longest_wait = max(longest_wait, features[i, 1])
     for i in range(queue.shape[0]):
         features[i, _RELATIVE_PREFILL] = features[i, 0] - shortest
         features[i, _RELATIVE_WAIT] = longest_wait - features[i, 1]
-    context_features[0] = math.log1p(waiting)
-    context_features[1] = context[C_RUNNING] / context[C_MAX_NUM_SEQS]
-    context_features[2] = 1.0 - context[C_FREE_BLOCKS] / context[C_TOTAL_BLOCKS]
-    context_features[3] = math.log1p(total * 1e-3)
-    context_features[4] = math.log1p(total / rate * 10.0)
+    fill_queue_context(context, context_features)
+
+
+@compiled
+def fill_request_features(request: FloatArray, context: FloatArray, out: Float32Array) -> None:
+    """Fill the features of one waiting request that do not depend on the others.
+
+    Args:
+        request: row of ``Q_*`` entries, shape (QUEUE_COLUMNS,).
+        context: row of ``C_*`` entries, shape (CONTEXT_COLUMNS,).
+        out: output, shape (at least len(REQUEST_OWN_FEATURES),).
+    """
+    tokens = max(request[Q_PROMPT_TOKENS] - request[Q_COMPUTED_TOKENS], 1.0)
+    wait = max(request[Q_WAIT_S], 0.0)
+    out[0] = math.log(tokens * 1e-3)
+    out[1] = math.log1p(wait * 10.0)
+    out[2] = math.log1p(tokens / context[C_PREFILL_TOKENS_PER_S] * 10.0)
+    out[3] = min(math.ceil(request[Q_PROMPT_TOKENS] / context[C_BLOCK_SIZE]) / max(context[C_FREE_BLOCKS], 1.0), 4.0)
+    out[4] = 1.0 / (1.0 + max(request[Q_DEADLINE_S] - wait, 0.0))
+    out[5] = math.tanh(request[Q_PRIORITY] * 0.1)
+    out[6] = 1.0 if request[Q_TURN] > 0 else 0.0
+    out[7] = 1.0 if request[Q_PREEMPTIONS] > 0 else 0.0
+    predicted = request[Q_PREDICTED_TOKENS]
+    out[8] = 0.0 if math.isnan(predicted) else math.log1p(predicted * 0.01)
+
+
+@compiled
+def fill_queue_context(context: FloatArray, out: Float32Array) -> None:
+    """Fill the features of a queue and its engine.
+
+    Args:
+        context: row of ``C_*`` entries, shape (CONTEXT_COLUMNS,).
+        out: output, shape (len(QUEUE_CONTEXT_FEATURES),).
+    """
+    out[0] = math.log1p(context[C_WAITING])
+    out[1] = context[C_RUNNING] / context[C_MAX_NUM_SEQS]
+    out[2] = 1.0 - context[C_FREE_BLOCKS] / context[C_TOTAL_BLOCKS]
+    out[3] = math.log1p(context[C_WAITING_TOKENS] * 1e-3)
+    out[4] = math.log1p(context[C_WAITING_TOKENS] / context[C_PREFILL_TOKENS_PER_S] * 10.0)

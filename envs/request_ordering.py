@@ -158,6 +158,6 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
         else:
             queue, self._members = run.waiting_requests(self._engine)
             shown = queue.data[:window]
-            fill_queue_features(shown, run.memory.context_row, len(queue), requests, context)
+            fill_queue_features(shown, run.memory.context_row, requests, context)
             self._mask[: len(shown)] = 1
         return {"requests": requests, "context": context, "mask": self._mask}

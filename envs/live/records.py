@@ -102,12 +102,3 @@ class LiveMemory:
             block_size=BLOCK_SIZE,
             prefill_tokens_per_s=float(record["prefill_tokens_per_s"]),
         )
-
-
-def context_row(queue: QueueView) -> FloatArray:
-    """Return the ``C_*`` entries of a queue, shape (CONTEXT_COLUMNS,)."""
-    row = np.zeros(i.CONTEXT_COLUMNS)
-    row[i.C_NOW_S], row[i.C_RUNNING], row[i.C_MAX_NUM_SEQS] = queue.now_s, queue.running, queue.max_num_seqs
-    row[i.C_FREE_BLOCKS], row[i.C_TOTAL_BLOCKS] = queue.free_blocks, queue.total_blocks
-    row[i.C_BLOCK_SIZE], row[i.C_PREFILL_TOKENS_PER_S] = queue.block_size, queue.prefill_tokens_per_s
-    return row

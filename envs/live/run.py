@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from servegym.baselines.interface import EnginePolicy, FloatArray, QueueView
 from servegym.envs.live.options import LiveOptions, Target
-from servegym.envs.live.records import LiveMemory, context_row
+from servegym.envs.live.records import LiveMemory
 from servegym.envs.live.sender import Question, Sender
 from servegym.envs.workloads.table import RequestTable
 from servegym.errors import EngineError
@@ -121,7 +121,7 @@ class LiveRun:
         if question is None:
             return None
         assert question.queue is not None
-        self.memory.context_row = context_row(question.queue)
+        self.memory.context_row = question.queue.context()
         return question.engine
 
     def admit(self, engine: int, request: int) -> None:

@@ -16,6 +16,7 @@ import simpy
 
 from servegym.baselines.heuristic import compiled_form
 from servegym.baselines.interface import (
+    C_WAITING,
     CONTEXT_COLUMNS,
     QUEUE_COLUMNS,
     EnginePolicy,
@@ -251,7 +252,7 @@ class SimulatedCluster:
         members = np.empty(len(rows), dtype=np.int32)
         context = np.empty(CONTEXT_COLUMNS)
         count = read_queue_of(self.memory.cluster, engine, rows, members, context)
-        now, running, max_num_seqs, free, total, size, rate = context.tolist()
+        now, running, max_num_seqs, free, total, size, rate = context[:C_WAITING].tolist()
         queue = QueueView(
             data=rows[:count],
             now_s=now,

@@ -24,6 +24,8 @@ from servegym.baselines.interface import (
     C_PREFILL_TOKENS_PER_S,
     C_RUNNING,
     C_TOTAL_BLOCKS,
+    C_WAITING,
+    C_WAITING_TOKENS,
     CONTEXT_COLUMNS,
     Q_ARRIVAL_S,
     Q_COMPUTED_TOKENS,
@@ -159,6 +161,20 @@ def fill_context_row(s: State, engine: Engine, now: float) -> None:
     row[C_TOTAL_BLOCKS] = engine.num_blocks - 1
     row[C_BLOCK_SIZE] = engine.block_size
     row[C_PREFILL_TOKENS_PER_S] = engine.prefill_tokens_per_s
+    row[C_WAITING] = 0.0
+    row[C_WAITING_TOKENS] = 0.0
+
+
+@jit
+def _measure_queue(s: State, engine: Engine) -> None:
+    """Write what waits, preempted requests apart, into the scratch row of the context."""
+    row = context_row(s)
+    r = engine.queue_head
+    while r != NONE:
+        request = request_at(s.requests_at, r)
+        row[C_WAITING] += 1.0
+        row[C_WAITING_TOKENS] += request.prompt + request.generated - request.computed
+        r = request.link
 
 
 @jit
@@ -217,6 +233,7 @@ def order_queue(s: State, engine: Engine, now: float) -> None:
     if engine.order != ORDER_DYNAMIC:
         return
     fill_context_row(s, engine, now)
+    _measure_queue(s, engine)
     begin_reading(s, engine)
     r = engine.queue_head
     while r != NONE:
@@ -298,6 +315,7 @@ def read_queue_of(cluster: Any, e: int, rows: Any, members: Any, context: Any) -
     engine = engine_at(s.engines_at, e)
     now = s.step_s if s.lockstep else floats(s.event_s_at)[e]
     fill_context_row(s, engine, now)
+    _measure_queue(s, engine)
     context[:] = context_row(s)
     begin_reading(s, engine)
     count = 0
