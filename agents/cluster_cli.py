@@ -66,13 +66,17 @@ def down(name: Annotated[str, typer.Argument(help="The cluster's name.")], folde
 @cluster_app.command()
 def order(
     name: Annotated[str, typer.Argument(help="The cluster's name.")],
-    policy: Annotated[str, typer.Argument(metavar="NAME[,KEY=VALUE]", help="A request policy of `servegym list`.")],
+    policy: Annotated[
+        str, typer.Argument(metavar="NAME[,KEY=VALUE]", help="A request policy of `servegym list`, or a bundle.")
+    ],
     folder: Folder = None,
 ) -> None:
-    """Let the running engines order their waiting queues by another request policy, from the next second on."""
+    """Let the running engines order their waiting queues by another request policy, or a policy bundle."""
     from servegym.baselines.policy_spec import PolicySpec
 
-    version = _find(name, folder).set_request_policy(PolicySpec.parse(policy))
+    cluster = _find(name, folder)
+    version = cluster.set_request_policy(PolicySpec.parse(policy))
+    cluster.await_request_policy(version)
     _say(f"cluster {name}: ordered by {policy}, version {version}")
 
 

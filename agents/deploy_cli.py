@@ -223,7 +223,7 @@ def _request_level(live: LiveCluster, config: DeployConfig) -> StaticKey | None:
     if spec is None:
         return None
     if all(engine.shim for engine in live.engines):
-        live.set_request_policy(spec)
+        live.await_request_policy(live.set_request_policy(spec))
         _say(f"waiting queues: {spec}, by our scheduler in the engines")
         return None
     key = StaticKey(create("request", spec), str(spec), config.engine.prefill_tokens_per_s)

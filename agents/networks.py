@@ -1,17 +1,20 @@
-"""The dispatch network: scores any number of engines with shared weights, on top of a heuristic.
+"""Networks that choose among candidates: any number of them, with shared weights, on top of a heuristic.
 
-::
+Dispatch (``set_scorer``)::
 
     h_i   = relu(E x_i + R g + b)                        engine i with the request, shared weights
     p     = [mean_i h_i, max_i h_i]                      over the available engines
     logit_i = w . relu(S h_i + P p + c)  +  v . x_i      residual + linear prior
 
-``x_i`` are the engine features and ``g`` the request features of :mod:`servegym.baselines.features`. No shape depends
-on the number of engines, permuting engines permutes the logits, and rows of absent engines change nothing. The features
-are logarithms, so that product rules of the literature are linear in them: with ``v`` set to minus LMetric's two
-factors and ``w`` to zero, the untrained network chooses exactly as LMetric does (residual learning, DESIGN.md 7).
+Admission (``index_scorer``) is the same without ``p``: the score of a waiting request depends on itself and on the
+queue's context only, as an index rule's does, so that a whole queue is ordered by one pass.
 
-The critic reads the same pooling with weights of its own: the residual is small at first, and gradients of the value
+``x_i`` are the features of a candidate and ``g`` those of the context (:mod:`servegym.engine_bridge.decisions`). No
+shape depends on the number of candidates, permuting them permutes the logits, and absent ones change nothing. The
+features are logarithms, so that product rules of the literature are linear in them: with ``v`` set to minus LMetric's
+two factors and ``w`` to zero, the untrained network chooses exactly as LMetric does (residual learning, DESIGN.md 7).
+
+The critic pools over the candidates with weights of its own: the residual is small at first, and gradients of the value
 error through a shared encoder would drown it.
 """
 
@@ -28,50 +31,58 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from servegym.agents.priors import PRIORS, Prior
-from servegym.baselines.features import ENGINE_FEATURE_NAMES, REQUEST_FEATURE_NAMES
+from servegym.engine_bridge.decisions import DISPATCH, Decisions
 
 MASKED_LOGIT = -1e8  # as in sb3-contrib: probability zero, yet finite
 
 
-class EngineEncoder(nn.Module):
-    """Embeds each engine together with the request, and pools over the available engines."""
+class Encoder(nn.Module):
+    """Embeds each candidate together with the context, and pools over those that may be chosen."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, decisions: Decisions, width: int) -> None:
         super().__init__()
-        self.engine = nn.Linear(len(ENGINE_FEATURE_NAMES), width)
-        self.request = nn.Linear(len(REQUEST_FEATURE_NAMES), width, bias=False)
+        self.item = nn.Linear(len(decisions.items), width)
+        self.context = nn.Linear(len(decisions.context), width, bias=False)
 
-    def forward(self, engines: Tensor, request: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embeddings, shape (batch, engines, width), and the pooled vector, shape (batch, 2 width)."""
-        hidden = torch.relu(self.engine(engines) + self.request(request).unsqueeze(-2)) * mask.unsqueeze(-1)
+    def forward(self, items: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embeddings, shape (batch, candidates, width), and the pooled vector, shape (batch, 2 width)."""
+        hidden = torch.relu(self.item(items) + self.context(context).unsqueeze(-2)) * mask.unsqueeze(-1)
         mean = hidden.sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1.0)
-        # Embeddings are never negative, so that the zero rows of absent engines leave the maximum as it is.
+        # Embeddings are never negative, so that the zero rows of absent candidates leave the maximum as it is.
         return hidden, torch.cat([mean, hidden.amax(-2)], dim=-1)
 
 
-class DispatchActor(nn.Module):
-    """Logits of the engines; the part of the network that a policy bundle carries."""
+class Actor(nn.Module):
+    """Logits of the candidates; the part of the network that a policy bundle carries."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, decisions: Decisions, width: int) -> None:
         super().__init__()
-        self.encoder = EngineEncoder(width)
-        self.item = nn.Linear(width, width)
-        self.pooled = nn.Linear(2 * width, width, bias=False)
+        self.decisions = decisions
+        self.encoder = Encoder(decisions, width)
+        self.hidden = nn.Linear(width, width)
+        self.pooled = nn.Linear(2 * width, width, bias=False) if decisions.pooled else None
         self.head = nn.Linear(width, 1, bias=False)
-        self.prior = nn.Linear(len(ENGINE_FEATURE_NAMES), 1, bias=False)
+        self.prior = nn.Linear(len(decisions.items), 1, bias=False)
 
-    def forward(self, engines: Tensor, request: Tensor, mask: Tensor) -> Tensor:
-        """Return the logits, shape (batch, engines); :data:`MASKED_LOGIT` where the mask is 0.
+    def forward(self, items: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """Return the logits, shape (batch, candidates); :data:`MASKED_LOGIT` where the mask is 0.
 
         Args:
-            engines: engine features, shape (batch, engines, len(ENGINE_FEATURES)).
-            request: request features, shape (batch, len(REQUEST_FEATURES)).
-            mask: 1.0 where a request may be sent, else 0.0, shape (batch, engines).
+            items: features of the candidates, shape (batch, candidates, features).
+            context: features of what they share, shape (batch, features).
+            mask: 1.0 where a candidate may be chosen, else 0.0, shape (batch, candidates).
         """
-        hidden, pooled = self.encoder(engines, request, mask)
-        scored = torch.relu(self.item(hidden) + self.pooled(pooled).unsqueeze(-2))
-        logits = (self.head(scored) + self.prior(engines)).squeeze(-1)
+        hidden, pooled = self.encoder(items, context, mask)
+        scored = self.hidden(hidden)
+        if self.pooled is not None:
+            scored = scored + self.pooled(pooled).unsqueeze(-2)
+        logits = (self.head(torch.relu(scored)) + self.prior(items)).squeeze(-1)
         return torch.where(mask > 0, logits, MASKED_LOGIT)
+
+    def observed(self, observation: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the network takes of an environment's observation: candidates, context, mask."""
+        items, context = self.decisions.observation
+        return observation[items][..., : len(self.decisions.items)], observation[context], observation["mask"]
 
     @torch.no_grad()
     def start_from(self, prior: Prior, scale: float) -> None:
@@ -83,8 +94,8 @@ class DispatchActor(nn.Module):
         """
         self.head.weight.zero_()
         self.prior.weight.zero_()
-        for name, factor in PRIORS[prior].items():
-            self.prior.weight[0, ENGINE_FEATURE_NAMES.index(name)] = -scale * factor
+        for name, factor in PRIORS[self.decisions.layer][prior].items():
+            self.prior.weight[0, self.decisions.item_names.index(name)] = -scale * factor
 
 
 class ActorCriticNetwork(nn.Module):
@@ -93,27 +104,28 @@ class ActorCriticNetwork(nn.Module):
     The "latent" of the actor are its logits; the critic's is one linear layer away from the value.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, decisions: Decisions, width: int) -> None:
         super().__init__()
-        self.actor = DispatchActor(width)
-        self.critic_encoder = EngineEncoder(width)
-        self.critic = nn.Linear(2 * width + len(REQUEST_FEATURE_NAMES), width)
+        self.actor = Actor(decisions, width)
+        self.critic_encoder = Encoder(decisions, width)
+        self.critic = nn.Linear(2 * width + len(decisions.context), width)
         self.latent_dim_pi = 1
         self.latent_dim_vf = width
 
     def forward(self, observation: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the logits, shape (batch, engines), and the critic's latent, shape (batch, width)."""
+        """Return the logits, shape (batch, candidates), and the critic's latent, shape (batch, width)."""
         return self.forward_actor(observation), self.forward_critic(observation)
 
     def forward_actor(self, observation: dict[str, Tensor]) -> Tensor:
-        """Return the logits, shape (batch, engines)."""
-        logits: Tensor = self.actor(observation["engines"], observation["request"], observation["mask"])
+        """Return the logits, shape (batch, candidates)."""
+        logits: Tensor = self.actor(*self.actor.observed(observation))
         return logits
 
     def forward_critic(self, observation: dict[str, Tensor]) -> Tensor:
         """Return the critic's latent, shape (batch, width)."""
-        _, pooled = self.critic_encoder(observation["engines"], observation["request"], observation["mask"])
-        return torch.relu(self.critic(torch.cat([pooled, observation["request"]], dim=-1)))
+        items, context, mask = self.actor.observed(observation)
+        _, pooled = self.critic_encoder(items, context, mask)
+        return torch.relu(self.critic(torch.cat([pooled, context], dim=-1)))
 
 
 class _Observation(BaseFeaturesExtractor):
@@ -136,7 +148,7 @@ class _MaskableCategorical(MaskableCategoricalDistribution):
         return nn.Identity()
 
 
-class _SetPolicy:
+class _Policy:
     """What the two policy classes share: the network in place of the MLP, and its start at the prior."""
 
     _distribution: type[Any]
@@ -145,32 +157,40 @@ class _SetPolicy:
     mlp_extractor: Any
     device: Any
 
-    def __init__(self, *args: Any, width: int, prior: Prior, prior_scale: float, **kwargs: Any) -> None:
-        self._network = (width, prior, prior_scale)  # `super().__init__` builds the network
+    def __init__(
+        self,
+        *args: Any,
+        width: int,
+        prior: Prior,
+        prior_scale: float,
+        decisions: Decisions = DISPATCH,
+        **kwargs: Any,
+    ) -> None:
+        self._network = (decisions, width, prior, prior_scale)  # `super().__init__` builds the network
         super().__init__(*args, features_extractor_class=_Observation, **kwargs)  # type: ignore[call-arg]
 
     @property
-    def actor(self) -> DispatchActor:
+    def actor(self) -> Actor:
         """The part that is deployed."""
-        actor: DispatchActor = self.mlp_extractor.actor
+        actor: Actor = self.mlp_extractor.actor
         return actor
 
     def _build_mlp_extractor(self) -> None:
-        self.mlp_extractor = ActorCriticNetwork(self._network[0]).to(self.device)
+        self.mlp_extractor = ActorCriticNetwork(*self._network[:2]).to(self.device)
 
     def _build(self, lr_schedule: Any) -> None:
         self.action_dist = self._distribution(int(self.action_space.n))
         super()._build(lr_schedule)  # type: ignore[misc]  # orthogonal initialisation, value head, optimizer
-        self.actor.start_from(*self._network[1:])
+        self.actor.start_from(*self._network[2:])
 
 
-class DispatchPolicy(_SetPolicy, ActorCriticPolicy):
-    """For PPO; engines that take no requests are left out by the mask inside the observation."""
+class SetPolicy(_Policy, ActorCriticPolicy):
+    """For PPO; candidates that may not be chosen are left out by the mask inside the observation."""
 
     _distribution = _Categorical
 
 
-class MaskableDispatchPolicy(_SetPolicy, MaskableActorCriticPolicy):
+class MaskableSetPolicy(_Policy, MaskableActorCriticPolicy):
     """For MaskablePPO."""
 
     _distribution = _MaskableCategorical

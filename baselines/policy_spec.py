@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
@@ -40,6 +41,14 @@ class PolicySpec(Config):
             InputError: no name, a part that is not ``key=value``, or a key twice.
         """
         return _parse(text, "policy")
+
+    def located(self) -> PolicySpec:
+        """Return the same policy for processes with another working directory: paths of files become absolute."""
+        file, colon, attribute = self.name.partition(".py:")
+        path = Path(f"{file}.py") if colon else Path(self.name)
+        if not path.exists():
+            return self
+        return self.model_copy(update={"name": f"{path.resolve()}{f':{attribute}' if colon else ''}"})
 
     def __str__(self) -> str:
         return ",".join([self.name, *(f"{key}={value}" for key, value in self.params.items())])

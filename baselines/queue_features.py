@@ -70,14 +70,30 @@ def fill_queue_features(
         context_features: output, shape (len(QUEUE_CONTEXT_FEATURES),).
     """
     features[:, :] = 0.0
+    fill_admission_features(context, queue, features, context_features)
     shortest, longest_wait = math.inf, 0.0
     for i in range(queue.shape[0]):
-        fill_request_features(queue[i], context, features[i])
         shortest = min(shortest, features[i, 0])
         longest_wait = max(longest_wait, features[i, 1])
     for i in range(queue.shape[0]):
         features[i, _RELATIVE_PREFILL] = features[i, 0] - shortest
         features[i, _RELATIVE_WAIT] = longest_wait - features[i, 1]
+
+
+@compiled
+def fill_admission_features(
+    context: FloatArray, queue: FloatArray, features: Float32Array, context_features: Float32Array
+) -> None:
+    """Fill the features that do not depend on which requests are shown.
+
+    Args:
+        context: row of ``C_*`` entries, shape (CONTEXT_COLUMNS,).
+        queue: rows of ``Q_*`` entries, shape (waiting, QUEUE_COLUMNS).
+        features: output, shape (at least waiting, at least len(REQUEST_OWN_FEATURES)).
+        context_features: output, shape (len(QUEUE_CONTEXT_FEATURES),).
+    """
+    for i in range(queue.shape[0]):
+        fill_request_features(queue[i], context, features[i])
     fill_queue_context(context, context_features)
 
 

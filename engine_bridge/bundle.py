@@ -1,4 +1,4 @@
-"""Policy bundles: a learned policy as a folder of plain files, and its way back to a policy that scores engines.
+"""Policy bundles: a learned policy as a folder of plain files, and its way back to a policy.
 
 ::
 
@@ -20,12 +20,11 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from servegym.baselines.features import ENGINE_FEATURE_NAMES, REQUEST_FEATURE_NAMES, Float32Array
-from servegym.baselines.interface import E_AVAILABLE
+from servegym.baselines.features import Float32Array
 from servegym.baselines.policy_spec import Layer, PolicySpec
 from servegym.baselines.registry import register_loader
 from servegym.configuration import validate
-from servegym.engine_bridge.bundle_policy import BundlePolicy
+from servegym.engine_bridge.bundle_policy import BundlePolicy, EngineBundlePolicy, RequestBundlePolicy
 from servegym.engine_bridge.manifest import MANIFEST, WEIGHTS, Manifest
 from servegym.engine_bridge.set_scorer import SetScorer, weight_shapes
 from servegym.errors import InputError
@@ -46,7 +45,7 @@ def load_bundle(path: str | Path) -> BundlePolicy:
     folder = _bundle_folder(Path(path))
     manifest = _read_manifest(folder / MANIFEST)
     scorer = SetScorer(_read_weights(folder / WEIGHTS, manifest))
-    policy = BundlePolicy(scorer, manifest, folder)
+    policy = (EngineBundlePolicy if manifest.layer == "engine" else RequestBundlePolicy)(scorer, manifest, folder)
     _replay(policy, folder / MANIFEST)
     return policy
 
@@ -70,9 +69,10 @@ def _read_manifest(path: Path) -> Manifest:
     if not isinstance(content, dict):
         raise InputError(str(path), "", f"top level is {type(content).__name__}; allowed: an object")
     manifest = validate(Manifest, content, str(path))
+    decisions, widths = manifest.decisions, manifest.widths
     for field, found, known in (
-        ("engine_features", manifest.engine_features, ENGINE_FEATURE_NAMES),
-        ("request_features", manifest.request_features, REQUEST_FEATURE_NAMES),
+        ("item_features", manifest.item_features, decisions.item_names),
+        ("context_features", manifest.context_features, decisions.context_names),
     ):
         if found != known:
             where = next((i for i, pair in enumerate(zip(found, known, strict=False)) if pair[0] != pair[1]), None)
@@ -82,9 +82,13 @@ def _read_manifest(path: Path) -> Manifest:
                 else f"name {where} is {found[where]!r}; allowed: {known[where]!r}"
             )
             raise InputError(str(path), field, f"{difference}, as this version of servegym computes them")
-    widths = manifest.widths
-    if (widths.engine_features, widths.request_features) != (len(ENGINE_FEATURE_NAMES), len(REQUEST_FEATURE_NAMES)):
+    if (widths.item_features, widths.context_features) != (len(decisions.items), len(decisions.context)):
         raise InputError(str(path), "widths", "do not match the number of features")
+    for field in ("architecture", "action", "mask"):
+        if getattr(manifest, field) != getattr(decisions, field):
+            raise InputError(
+                str(path), field, f"got {getattr(manifest, field)!r}; allowed: {getattr(decisions, field)!r}"
+            )
     return manifest
 
 
@@ -100,7 +104,9 @@ def _read_weights(path: Path, manifest: Manifest) -> dict[str, Float32Array]:
     except SafetensorError as error:
         raise InputError(str(path), "", f"not a safetensors file: {error}") from None
     widths = manifest.widths
-    shapes = weight_shapes(widths.engine_features, widths.request_features, widths.hidden)
+    shapes = weight_shapes(
+        widths.item_features, widths.context_features, widths.hidden, pooled=manifest.decisions.pooled
+    )
     if set(weights) != set(shapes):
         odd = sorted(set(weights) ^ set(shapes))[0]
         raise InputError(str(path), odd, "missing" if odd in shapes else "unknown weight")
@@ -115,18 +121,19 @@ def _read_weights(path: Path, manifest: Manifest) -> dict[str, Float32Array]:
 
 def _replay(policy: BundlePolicy, source: Path) -> None:
     """Refuse to serve where the golden decisions come out differently."""
+    decisions = policy.manifest.decisions
     for index, pair in enumerate(policy.manifest.golden):
         field = f"golden.{index}"
-        row, matrix = pair.views()
+        row, matrix = pair.views(decisions)
         if matrix.shape != (len(pair.logits), len(matrix.T)):
             raise InputError(str(source), field, "columns of different length")
         expected = np.array([np.nan if logit is None else logit for logit in pair.logits])
         got = policy.logits(row, matrix)
-        available = matrix[:, E_AVAILABLE] > 0
-        if (np.isnan(expected) == available).any():
-            raise InputError(str(source), field, "logits are null exactly at unavailable engines")
-        if not np.allclose(got[available], expected[available], rtol=TOLERANCE, atol=TOLERANCE):
-            worst = float(np.abs(got - expected)[available].max())
+        eligible = decisions.eligible(matrix)
+        if (np.isnan(expected) == eligible).any():
+            raise InputError(str(source), field, "logits are null exactly at candidates that may not be chosen")
+        if not np.allclose(got[eligible], expected[eligible], rtol=TOLERANCE, atol=TOLERANCE):
+            worst = float(np.abs(got - expected)[eligible].max())
             raise InputError(str(source), field, f"this machine's logits differ by {worst:.3g}; allowed: {TOLERANCE:g}")
 
 

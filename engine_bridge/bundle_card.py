@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from servegym.engine_bridge.manifest import Manifest
 
+_TEXTS = {
+    "engine": (
+        "Dispatch",
+        "Decides which engine of a cluster gets an arriving request. It scores every engine",
+        "servegym evaluate quick --policy learned=PATH_OF_THIS_FOLDER",
+        "request, engines",
+    ),
+    "request": (
+        "Admission",
+        "Decides in which order an engine admits its waiting requests. It scores every request",
+        "servegym cluster order NAME PATH_OF_THIS_FOLDER",
+        "queue",
+    ),
+}
+
 
 def model_card(manifest: Manifest) -> str:
     """Return the card as Markdown."""
@@ -11,24 +26,25 @@ def model_card(manifest: Manifest) -> str:
     results = "\n".join(f"| {name} | {value:.6g} |" for name, value in training.evaluation.items())
     packages = ", ".join(f"{name} {version}" for name, version in manifest.packages.items())
     widths = manifest.widths
-    return f"""# Dispatch policy `{training.run}`
+    title, does, use, call = _TEXTS[manifest.layer]
+    return f"""# {title} policy `{training.run}`
 
-Decides which engine of a cluster gets an arriving request. It scores every engine with the same weights, so that it
-serves any number of them, and needs numpy only.
+{does} with the same weights, so that it serves any number of them, and needs
+numpy only.
 
-    servegym evaluate ... --policy engine=PATH_OF_THIS_FOLDER
+    {use}
 
 ```python
 from servegym.engine_bridge.bundle import load_bundle
 policy = load_bundle("PATH_OF_THIS_FOLDER")
-scores = policy.score(request, engines)   # lower is better, infinity = not allowed
+scores = policy.score({call})   # lower is better
 ```
 
 | | |
 |---|---|
 | level | {manifest.layer} |
 | architecture | {manifest.architecture} |
-| inputs | {widths.engine_features} engine features, {widths.request_features} request features |
+| inputs | {widths.item_features} of a candidate, {widths.context_features} of the context |
 | hidden units | {widths.hidden} |
 | trained in | {training.environment}, {training.steps:,} decisions, seed {training.seed} |
 | training config | sha256 `{training.config_sha256}` |
@@ -45,10 +61,10 @@ Means over held-out seeds; `_ratio` is relative to the reference heuristic on th
 
 ## Inputs
 
-Engine features: {", ".join(manifest.engine_features)}.
+Of a candidate: {", ".join(manifest.item_features)}.
 
-Request features: {", ".join(manifest.request_features)}.
+Of the context: {", ".join(manifest.context_features)}.
 
-The features have fixed scales (`servegym.baselines.features`). A loader refuses the bundle where it computes other
+The features have fixed scales (`servegym.engine_bridge.decisions`). A loader refuses the bundle where it computes other
 features or does not reproduce the {len(manifest.golden)} golden decisions in `policy.json`.
 """

@@ -1,4 +1,4 @@
-"""A loaded policy bundle as an engine policy."""
+"""Loaded policy bundles as policies."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from servegym.baselines.features import Float32Array, fill_dispatch_features
+from servegym.baselines.features import Float32Array
 from servegym.baselines.heuristic import TURN, turns
-from servegym.baselines.interface import E_AVAILABLE, EngineViews, FloatArray, RequestView
+from servegym.baselines.interface import E_AVAILABLE, EngineViews, FloatArray, QueueView, RequestView
 from servegym.engine_bridge.manifest import Manifest
-from servegym.engine_bridge.set_scorer import SetScorer, compiled_scores
+from servegym.engine_bridge.set_scorer import SetScorer, compiled_admission, compiled_dispatch
 
 
 class BundlePolicy:
-    """Scores engines by a learned network: ``score = -logit``; equal engines take turns.
-
-    A pure function of its views; threads may share it.
+    """Scores by a learned network: ``score = -logit``. A pure function of its views; threads may share it.
 
     Args:
         scorer: the network.
@@ -24,12 +22,30 @@ class BundlePolicy:
         folder: where it was read from.
     """
 
-    compiled = staticmethod(compiled_scores)
-
     def __init__(self, scorer: SetScorer, manifest: Manifest, folder: Path) -> None:
         self.manifest = manifest
         self.folder = folder
         self._scorer = scorer
+
+    def logits(self, context: FloatArray, items: FloatArray) -> Float32Array:
+        """Return the logits of candidates, shape (candidates,).
+
+        Args:
+            context: row of ``R_*`` or ``C_*`` entries.
+            items: matrix of ``E_*`` or ``Q_*`` columns.
+        """
+        decisions = self.manifest.decisions
+        return self._scorer.logits(*decisions.features(context, items), decisions.eligible(items))
+
+    def compiled_params(self) -> FloatArray:
+        """Return the widths and weights as ``compiled`` reads them."""
+        return self._scorer.packed()
+
+
+class EngineBundlePolicy(BundlePolicy):
+    """Scores engines; equal ones take turns."""
+
+    compiled = staticmethod(compiled_dispatch)
 
     def score(self, request: RequestView, engines: EngineViews) -> FloatArray:
         """Return minus the logits, shape (engines,); infinity at engines that take no requests."""
@@ -38,14 +54,12 @@ class BundlePolicy:
         scores[engines.data[:, E_AVAILABLE] <= 0.0] = np.inf
         return scores
 
-    def logits(self, request: FloatArray, engines: FloatArray) -> Float32Array:
-        """Return the logits for a row of ``R_*`` and a matrix of ``E_*`` entries, shape (engines,)."""
-        widths = self.manifest.widths
-        engine_features = np.empty((len(engines), widths.engine_features), dtype=np.float32)
-        request_features = np.empty(widths.request_features, dtype=np.float32)
-        fill_dispatch_features(request, engines, engine_features, request_features)
-        return self._scorer.logits(engine_features, request_features, engines[:, E_AVAILABLE] > 0.0)
 
-    def compiled_params(self) -> FloatArray:
-        """Return the widths and weights as ``compiled`` reads them."""
-        return self._scorer.packed()
+class RequestBundlePolicy(BundlePolicy):
+    """Scores waiting requests, each by itself."""
+
+    compiled = staticmethod(compiled_admission)
+
+    def score(self, queue: QueueView) -> FloatArray:
+        """Return minus the logits, shape (waiting,)."""
+        return -self.logits(queue.context(), queue.data).astype(np.float64)

@@ -14,14 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from servegym.baselines.features import (
-    ENGINE_FEATURE_NAMES,
-    REQUEST_FEATURE_NAMES,
-    Float32Array,
-    fill_dispatch_features,
-)
-from servegym.baselines.interface import E_AVAILABLE
+from servegym.baselines.features import Float32Array
 from servegym.engine_bridge.bundle_card import model_card
+from servegym.engine_bridge.decisions import Decisions
 from servegym.engine_bridge.golden import draw_decision, golden_pair
 from servegym.engine_bridge.manifest import CARD, GOLDEN_PAIRS, MANIFEST, WEIGHTS, Manifest, Provenance, Widths
 
@@ -30,6 +25,7 @@ ReferenceLogits = Callable[[Float32Array, Float32Array, npt.NDArray[np.bool_]], 
 
 def write_bundle(
     folder: str | Path,
+    decisions: Decisions,
     weights: Mapping[str, Float32Array],
     reference: ReferenceLogits,
     training: Provenance,
@@ -39,36 +35,30 @@ def write_bundle(
 
     Args:
         folder: where the bundle is to stand.
+        decisions: what the policy decides.
         weights: float32 arrays with the names and shapes of :func:`weight_shapes`.
-        reference: the trained network itself, (engine features, request features, available) -> logits; its answers
+        reference: the trained network itself, (item features, context features, eligible) -> logits; its answers
             become the golden pairs.
         training: where the weights come from.
         packages: versions to record.
     """
     blob = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in weights.items()})
-    hidden, engine_features = weights["encoder.engine.weight"].shape
+    hidden = len(weights["encoder.item.weight"])
     golden = []
     rng = np.random.default_rng(np.random.SeedSequence(0))
     for _ in range(GOLDEN_PAIRS):
-        row, matrix = draw_decision(rng)
-        engines = np.empty((len(matrix), len(ENGINE_FEATURE_NAMES)), dtype=np.float32)
-        request = np.empty(len(REQUEST_FEATURE_NAMES), dtype=np.float32)
-        fill_dispatch_features(row, matrix, engines, request)
-        available = matrix[:, E_AVAILABLE] > 0
-        golden.append(golden_pair(row, matrix, reference(engines, request, available)))
+        row, matrix = draw_decision(decisions, rng)
+        logits = reference(*decisions.features(row, matrix), decisions.eligible(matrix))
+        golden.append(golden_pair(decisions, row, matrix, logits))
     manifest = Manifest(
-        schema_version=1,
-        layer="engine",
-        architecture="set_scorer",
-        widths=Widths(
-            engine_features=engine_features,
-            request_features=weights["encoder.request.weight"].shape[1],
-            hidden=hidden,
-        ),
-        engine_features=ENGINE_FEATURE_NAMES,
-        request_features=REQUEST_FEATURE_NAMES,
-        action="score of an engine = -logit; the lowest score is chosen, equal engines take turns",
-        mask="unavailable engines score infinity and are left out of the pooling",
+        schema_version=2,
+        layer=decisions.layer,
+        architecture=decisions.architecture,
+        widths=Widths(item_features=len(decisions.items), context_features=len(decisions.context), hidden=hidden),
+        item_features=decisions.item_names,
+        context_features=decisions.context_names,
+        action=decisions.action,
+        mask=decisions.mask,
         normalisation=None,
         training=training,
         packages=dict(packages),

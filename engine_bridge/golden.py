@@ -6,10 +6,11 @@ import numpy as np
 
 from servegym.baselines import interface as i
 from servegym.baselines.features import Float32Array
-from servegym.engine_bridge.manifest import ENGINE_COLUMN_NAMES, REQUEST_COLUMN_NAMES, GoldenPair
+from servegym.engine_bridge.decisions import Decisions
+from servegym.engine_bridge.manifest import GoldenPair
 
 
-def draw_decision(rng: np.random.Generator) -> tuple[i.FloatArray, i.FloatArray]:
+def draw_dispatch(rng: np.random.Generator) -> tuple[i.FloatArray, i.FloatArray]:
     """Draw one dispatch decision over 1 to 8 engines, from idle to overloaded, at least one of them available.
 
     Returns:
@@ -53,12 +54,48 @@ def draw_decision(rng: np.random.Generator) -> tuple[i.FloatArray, i.FloatArray]
     return request, engines
 
 
-def golden_pair(request: i.FloatArray, engines: i.FloatArray, logits: Float32Array) -> GoldenPair:
+def draw_queue(rng: np.random.Generator) -> tuple[i.FloatArray, i.FloatArray]:
+    """Draw the decision about a queue of 1 to 12 requests.
+
+    Returns:
+        the ``C_*`` row, shape (CONTEXT_COLUMNS,), and the ``Q_*`` matrix, shape (waiting, QUEUE_COLUMNS).
+    """
+    count = int(rng.integers(1, 13))
+    queue = np.zeros((count, i.QUEUE_COLUMNS))
+    queue[:, i.Q_WAIT_S] = np.round(np.sort(rng.exponential(2.0, count))[::-1], 4)
+    queue[:, i.Q_PROMPT_TOKENS] = rng.integers(1, 8192, count)
+    queue[:, i.Q_COMPUTED_TOKENS] = queue[:, i.Q_PROMPT_TOKENS] // 2 * (rng.random(count) < 0.1)
+    queue[:, i.Q_PRIORITY] = rng.integers(-2, 3, count)
+    queue[:, i.Q_DEADLINE_S] = rng.choice([0.5, 2.0, 1e9], count)
+    queue[:, i.Q_TURN] = rng.integers(0, 3, count)
+    queue[:, i.Q_PREEMPTIONS] = rng.random(count) < 0.1
+    queue[:, i.Q_ARRIVAL_S] = 100.0 - queue[:, i.Q_WAIT_S]
+    queue[:, i.Q_PREDICTED_TOKENS] = rng.integers(1, 2000, count)
+    queue[:, i.Q_INDEX] = np.arange(count)
+    context = np.zeros(i.CONTEXT_COLUMNS)
+    context[i.C_NOW_S] = 100.0
+    context[i.C_MAX_NUM_SEQS] = 256
+    context[i.C_RUNNING] = rng.integers(0, 257)
+    context[i.C_TOTAL_BLOCKS] = 30_000
+    context[i.C_FREE_BLOCKS] = rng.integers(0, 30_001)
+    context[i.C_BLOCK_SIZE] = 16
+    context[i.C_PREFILL_TOKENS_PER_S] = np.round(rng.uniform(5e3, 1e5))
+    context[i.C_WAITING] = count
+    context[i.C_WAITING_TOKENS] = (queue[:, i.Q_PROMPT_TOKENS] - queue[:, i.Q_COMPUTED_TOKENS]).sum()
+    return context, queue
+
+
+def draw_decision(decisions: Decisions, rng: np.random.Generator) -> tuple[i.FloatArray, i.FloatArray]:
+    """Draw a decision of a kind: the row of its context and the matrix of its candidates."""
+    return draw_dispatch(rng) if decisions.layer == "engine" else draw_queue(rng)
+
+
+def golden_pair(decisions: Decisions, context: i.FloatArray, items: i.FloatArray, logits: Float32Array) -> GoldenPair:
     """Write a decision and its logits down by the names of the columns."""
     return GoldenPair(
-        request=dict(zip(REQUEST_COLUMN_NAMES, request.tolist(), strict=True)),
-        engines={name: tuple(engines[:, c].tolist()) for c, name in enumerate(ENGINE_COLUMN_NAMES)},
+        context=dict(zip(decisions.context_columns, context.tolist(), strict=True)),
+        items={name: tuple(items[:, c].tolist()) for c, name in enumerate(decisions.item_columns)},
         logits=tuple(
-            float(logit) if open_ > 0 else None for logit, open_ in zip(logits, engines[:, i.E_AVAILABLE], strict=True)
+            float(logit) if open_ else None for logit, open_ in zip(logits, decisions.eligible(items), strict=True)
         ),
     )

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from servegym.baselines import interface
-from servegym.baselines.interface import ENGINE_COLUMNS, REQUEST_COLUMNS, FloatArray
+from servegym.baselines.interface import FloatArray
 from servegym.configuration import Config
+from servegym.engine_bridge.decisions import DECISIONS, Decisions
 
 MANIFEST = "policy.json"
 WEIGHTS = "policy.safetensors"
@@ -20,27 +20,12 @@ GOLDEN_PAIRS = 16
 Size = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
-ENGINE_COLUMN_NAMES = tuple(
-    name[2:].lower()
-    for name, _ in sorted(
-        ((name, index) for name, index in vars(interface).items() if name.startswith("E_")), key=lambda item: item[1]
-    )
-)
-REQUEST_COLUMN_NAMES = tuple(
-    name[2:].lower()
-    for name, _ in sorted(
-        ((name, index) for name, index in vars(interface).items() if name.startswith("R_")), key=lambda item: item[1]
-    )
-)
-assert len(ENGINE_COLUMN_NAMES) == ENGINE_COLUMNS
-assert len(REQUEST_COLUMN_NAMES) == REQUEST_COLUMNS
-
 
 class Widths(Config):
-    """Sizes that fix the shape of every weight; none depends on the number of engines."""
+    """Sizes that fix the shape of every weight; none depends on the number of candidates."""
 
-    engine_features: Size
-    request_features: Size
+    item_features: Size
+    context_features: Size
     hidden: Size
 
 
@@ -60,35 +45,40 @@ class Provenance(Config):
 class GoldenPair(Config):
     """A decision and the logits that torch gave: a runtime that cannot reproduce it must not serve.
 
-    The decision is written as what the router sees, column by column, so that a changed feature shows as well as a
+    The decision is written as what a policy sees, column by column, so that a changed feature shows as well as a
     changed runtime.
     """
 
-    request: dict[str, float]
-    engines: dict[str, tuple[float, ...]]
-    logits: tuple[float | None, ...] = Field(description="null at engines that take no requests")
+    context: dict[str, float]
+    items: dict[str, tuple[float, ...]]
+    logits: tuple[float | None, ...] = Field(description="null at candidates that may not be chosen")
 
-    def views(self) -> tuple[FloatArray, FloatArray]:
-        """Return the ``R_*`` row and the ``E_*`` matrix; columns that the pair lacks are zero."""
-        row = np.array([self.request.get(name, 0.0) for name in REQUEST_COLUMN_NAMES])
+    def views(self, decisions: Decisions) -> tuple[FloatArray, FloatArray]:
+        """Return the row of the context and the matrix of the candidates; columns that the pair lacks are zero."""
+        row = np.array([self.context.get(name, 0.0) for name in decisions.context_columns])
         zeros = (0.0,) * len(self.logits)
-        matrix = np.array([self.engines.get(name, zeros) for name in ENGINE_COLUMN_NAMES]).T
+        matrix = np.array([self.items.get(name, zeros) for name in decisions.item_columns]).T
         return row, np.ascontiguousarray(matrix)
 
 
 class Manifest(Config):
     """Contents of ``policy.json``, in order."""
 
-    schema_version: Literal[1]
-    layer: Literal["engine"]
-    architecture: Literal["set_scorer"] = Field(description="the formula of servegym.agents.networks")
+    schema_version: Literal[2]
+    layer: Literal["engine", "request"]
+    architecture: Literal["set_scorer", "index_scorer"] = Field(description="a formula of servegym.agents.networks")
     widths: Widths
-    engine_features: tuple[str, ...] = Field(description="names in order, servegym.baselines.features")
-    request_features: tuple[str, ...]
-    action: Literal["score of an engine = -logit; the lowest score is chosen, equal engines take turns"]
-    mask: Literal["unavailable engines score infinity and are left out of the pooling"]
+    item_features: tuple[str, ...] = Field(description="of a candidate, in order: servegym.engine_bridge.decisions")
+    context_features: tuple[str, ...] = Field(description="of what the candidates share")
+    action: str = Field(description="what an answer means")
+    mask: str = Field(description="what becomes of candidates that may not be chosen")
     normalisation: None = Field(description="none: the features have fixed scales")
     training: Provenance
     packages: dict[str, str] = Field(description="versions that the policy was trained with")
     weights_sha256: Sha256 = Field(description="of policy.safetensors")
     golden: Annotated[tuple[GoldenPair, ...], Field(min_length=GOLDEN_PAIRS, max_length=GOLDEN_PAIRS)]
+
+    @property
+    def decisions(self) -> Decisions:
+        """The kind of decisions that the policy makes."""
+        return DECISIONS[self.layer]

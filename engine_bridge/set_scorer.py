@@ -1,7 +1,7 @@
-"""The dispatch network without torch: numpy for a live router, plain loops for the simulator's kernel.
+"""The networks without torch: numpy for a live router or scheduler, plain loops for the simulator's kernel.
 
-The formula stands in :mod:`servegym.agents.networks`, where the network is trained; the weights keep their names and
-shapes from there. Both forms here compute the same scores as torch to about 1e-6.
+The formulas stand in :mod:`servegym.agents.networks`, where the networks are trained; the weights keep their names and
+shapes from there. All forms here compute the same scores as torch to about 1e-6.
 """
 
 from __future__ import annotations
@@ -11,32 +11,43 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from servegym.baselines.features import Float32Array, fill_dispatch_features
 from servegym.baselines.heuristic import TURN
 from servegym.baselines.interface import E_AVAILABLE, R_LAST_ENGINE, FloatArray
+from servegym.baselines.queue_features import fill_queue_context, fill_request_features
+from servegym.compilation import compiled
 
-# Engines, request, width; the packed weights follow.
+# Features of an item and of the context, width; the packed weights follow.
 _HEADER = 3
 
 
-def weight_shapes(engine_features: int, request_features: int, width: int) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of each weight, as torch stores them: (outputs, inputs)."""
-    return {
-        "encoder.engine.weight": (width, engine_features),
-        "encoder.engine.bias": (width,),
-        "encoder.request.weight": (width, request_features),
-        "item.weight": (width, width),
-        "item.bias": (width,),
+def weight_shapes(items: int, context: int, width: int, pooled: bool) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each weight, as torch stores them: (outputs, inputs).
+
+    Args:
+        items: features of a candidate.
+        context: features of what the candidates share.
+        width: hidden units.
+        pooled: whether a candidate's logit depends on the other ones.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.item.weight": (width, items),
+        "encoder.item.bias": (width,),
+        "encoder.context.weight": (width, context),
+        "hidden.weight": (width, width),
+        "hidden.bias": (width,),
         "pooled.weight": (width, 2 * width),
         "head.weight": (1, width),
-        "prior.weight": (1, engine_features),
+        "prior.weight": (1, items),
     }
+    if not pooled:
+        del shapes["pooled.weight"]
+    return shapes
 
 
 class SetScorer:
-    """Logits of the engines by a dozen numpy calls. Holds no state between calls, so that threads may share it.
+    """Logits of a decision's candidates by a dozen numpy calls. Holds no state between calls: threads may share it.
 
     Args:
         weights: float32 arrays with the names and shapes of :func:`weight_shapes`.
@@ -45,48 +56,52 @@ class SetScorer:
     def __init__(self, weights: Mapping[str, Float32Array]) -> None:
         self.weights = dict(weights)
         transposed = {name: np.ascontiguousarray(array.T, dtype=np.float32) for name, array in weights.items()}
-        self._engine = transposed["encoder.engine.weight"]
-        self._engine_bias = transposed["encoder.engine.bias"]
-        self._request = transposed["encoder.request.weight"]
-        self._item = transposed["item.weight"]
-        self._item_bias = transposed["item.bias"]
-        self._pooled = transposed["pooled.weight"]
+        self._item = transposed["encoder.item.weight"]
+        self._item_bias = transposed["encoder.item.bias"]
+        self._context = transposed["encoder.context.weight"]
+        self._hidden = transposed["hidden.weight"]
+        self._hidden_bias = transposed["hidden.bias"]
+        self._pooled = transposed.get("pooled.weight")
         self._head = transposed["head.weight"][:, 0]
         self._prior = transposed["prior.weight"][:, 0]
 
-    def logits(self, engines: Float32Array, request: Float32Array, available: npt.NDArray[np.bool_]) -> Float32Array:
-        """Return the logits, shape (engines,); those of unavailable engines mean nothing.
+    def logits(self, items: Float32Array, context: Float32Array, eligible: npt.NDArray[np.bool_]) -> Float32Array:
+        """Return the logits, shape (candidates,); those of candidates that may not be chosen mean nothing.
 
         Args:
-            engines: engine features, shape (engines, len(ENGINE_FEATURES)).
-            request: request features, shape (len(REQUEST_FEATURES),).
-            available: which engines take requests, shape (engines,).
+            items: features of the candidates, shape (candidates, features).
+            context: features of what they share, shape (features,).
+            eligible: which may be chosen, shape (candidates,).
         """
-        hidden = engines @ self._engine
-        hidden += request @ self._request + self._engine_bias
+        hidden = items @ self._item
+        hidden += context @ self._context + self._item_bias
         np.maximum(hidden, 0.0, out=hidden)
-        count = int(np.count_nonzero(available))
-        if count < len(available):
-            hidden[~available] = 0.0
-        mean = np.add.reduce(hidden, axis=0) / np.float32(max(count, 1))
-        # 0 is below every embedding, which come out of a relu
-        pooled = np.concatenate((mean, np.maximum.reduce(hidden, axis=0, initial=0.0)))
-        scored = hidden @ self._item
-        scored += pooled @ self._pooled + self._item_bias
+        shared = self._hidden_bias
+        if self._pooled is not None:
+            count = int(np.count_nonzero(eligible))
+            if count < len(eligible):
+                hidden[~eligible] = 0.0
+            mean = np.add.reduce(hidden, axis=0) / np.float32(max(count, 1))
+            # 0 is below every embedding, which come out of a relu
+            pooled = np.concatenate((mean, np.maximum.reduce(hidden, axis=0, initial=0.0)))
+            shared = pooled @ self._pooled + shared
+        scored = hidden @ self._hidden
+        scored += shared
         np.maximum(scored, 0.0, out=scored)
-        logits: Float32Array = scored @ self._head + engines @ self._prior
+        logits: Float32Array = scored @ self._head + items @ self._prior
         return logits
 
     def packed(self) -> FloatArray:
-        """Return the widths and weights in one row, as :func:`compiled_scores` reads them."""
-        width, engine_features = self.weights["encoder.engine.weight"].shape
-        sizes = np.array([engine_features, self.weights["encoder.request.weight"].shape[1], width])
-        names = weight_shapes(*(int(size) for size in sizes))
+        """Return the widths and weights in one row, as the compiled forms read them."""
+        width, items = self.weights["encoder.item.weight"].shape
+        context = self.weights["encoder.context.weight"].shape[1]
+        names = weight_shapes(items, context, width, self._pooled is not None)
+        sizes = np.array([items, context, width])
         return np.concatenate([sizes, *(self.weights[name].T.ravel() for name in names)]).astype(np.float64)
 
 
-def compiled_scores(request: FloatArray, engines: FloatArray, params: FloatArray, out: FloatArray) -> None:
-    """Fill ``out`` with the scores, lower is better: the form that the simulator compiles.
+def compiled_dispatch(request: FloatArray, engines: FloatArray, params: FloatArray, out: FloatArray) -> None:
+    """Fill ``out`` with the scores of engines, lower is better: the form that the simulator compiles.
 
     Args:
         request: row of ``R_*`` entries, shape (REQUEST_COLUMNS,).
@@ -142,7 +157,40 @@ def compiled_scores(request: FloatArray, engines: FloatArray, params: FloatArray
             out[i] = np.inf
 
 
-@njit(cache=True)
+def compiled_admission(request: FloatArray, context: FloatArray, params: FloatArray) -> float:
+    """Return the score of a waiting request, lower is better: the form that the simulator compiles.
+
+    Args:
+        request: row of ``Q_*`` entries, shape (QUEUE_COLUMNS,).
+        context: row of ``C_*`` entries, shape (CONTEXT_COLUMNS,).
+        params: result of :meth:`SetScorer.packed`.
+    """
+    inputs, shared, width = int(params[0]), int(params[1]), int(params[2])
+    features = np.empty(inputs, dtype=np.float32)
+    context_features = np.empty(shared, dtype=np.float32)
+    fill_request_features(request, context, features)
+    fill_queue_context(context, context_features)
+
+    item_at = _HEADER
+    bias_at = item_at + inputs * width
+    context_at = bias_at + width
+    hidden_at = context_at + shared * width
+    hidden_bias_at = hidden_at + width * width
+    head_at = hidden_bias_at + width
+    prior_at = head_at + width
+
+    hidden = params[bias_at:context_at].copy()
+    _add_product(context_features, params, context_at, hidden)
+    _add_product(features, params, item_at, hidden)
+    scored = params[hidden_bias_at:head_at].copy()
+    _add_product(np.maximum(hidden, 0.0), params, hidden_at, scored)
+    logit = np.zeros(1)
+    _add_product(np.maximum(scored, 0.0), params, head_at, logit)
+    _add_product(features, params, prior_at, logit)
+    return -float(logit[0])
+
+
+@compiled
 def _add_product(vector: npt.NDArray[Any], params: FloatArray, at: int, out: FloatArray) -> None:
     """Add ``vector @ matrix`` to ``out``, where the matrix stands row by row from ``params[at]`` on."""
     width = len(out)

@@ -154,10 +154,10 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
         assert isinstance(run, SimulatedCluster)
         return run
 
-    def _rewards(self, row: int | None = None) -> tuple[FloatArray, dict[str, Any]]:
+    def _rewards(self, row: int | None = None, until_s: float | None = None) -> tuple[FloatArray, dict[str, Any]]:
         """Take the rewards since the last call; returns the parts, and what ``info`` says of the step."""
         before = self._meter.now_s
-        parts = self._meter.take(row)
+        parts = self._meter.take(row, until_s)
         named = {part: value for part, value in zip(PARTS, parts.tolist(), strict=True) if value}
         return parts, {"elapsed_s": self._meter.now_s - before, "reward_parts": named}
 

@@ -32,6 +32,9 @@ class RequestOrderingConfig(EpisodeConfig):
     window: Annotated[int, Field(ge=2)] = Field(default=32, description="waiting requests that the agent sees")
     engine_policy: PolicySpec = PolicySpec(name="round_robin")
     expert_policy: PolicySpec = PolicySpec(name="linear")
+    reference: PolicySpec | None = Field(
+        default=None, description="request policy whose integrals on the same requests are subtracted from the reward"
+    )
 
 
 class RequestOrderingEnv(ServingEnv[np.int64]):
@@ -63,8 +66,8 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
     Output lengths are nowhere; a workload's prediction is, where it has one.
 
     ## Rewards
-    As in `EngineDispatch-v0`, without a reference: the undiscounted return is minus the weighted sum over the episode's
-    requests. `info["elapsed_s"]`, for discounting per second, is 0 between admissions of one engine step.
+    As in `EngineDispatch-v0`: without a reference the undiscounted return is minus the weighted sum over the episode's
+    requests, with one the gain over it. `info["elapsed_s"]`, for discounting per second, is 0 between admissions of one engine step.
 
     ## Starting State
     An empty cluster, run up to the first choice. `reset(seed=...)` draws the requests, and the cluster where it is
@@ -72,7 +75,7 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
 
     ## Episode End
     Terminated when all requests of the episode have finished; never truncated. The last `info` holds `metrics` (TTFT,
-    TPOT, E2E in seconds, throughput).
+    TPOT, E2E in seconds, throughput) and, with a reference, `reference_metrics` on the same requests.
 
     ## Arguments
     `config`: a :class:`RequestOrderingConfig`, or a mapping with its fields.
@@ -90,6 +93,7 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
         super().__init__(config, render_mode=render_mode)
         config = self.config
         self._policies = create("engine", config.engine_policy), create("expert", config.expert_policy)
+        self._reference = create("request", config.reference) if config.reference is not None else None
         self._mask = np.zeros(config.window, dtype=np.int8)
         self._mask[0] = 1
         self.action_space = spaces.Discrete(config.window)
@@ -115,7 +119,13 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
             run = self._live_run(table, self._policies[0], run_seed, hold=True)
         else:
             run = SimulatedCluster(cluster, table, None, *self._policies, seed=run_seed)
-        self._begin(run)
+        paired: SimulatedCluster | None = None
+        if self._reference is not None:
+            policies = create("engine", self.config.engine_policy), create("expert", self.config.expert_policy)
+            paired = SimulatedCluster(cluster, table, self._reference, *policies, seed=run_seed)
+            paired.run()
+        self._reference_metrics = episode_metrics(paired) if paired is not None else None
+        self._begin(run, paired)
         self._engine = run.next_admission()
         observation = self._observe()
         return observation, {"action_mask": self._mask.copy(), "seed": run_seed, "engine": self._engine or 0}
@@ -128,12 +138,14 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
         if self._engine is not None:
             run.admit(self._engine, int(self._members[int(action)]))
             self._engine = run.next_admission()
-        parts, info = self._rewards()
+        over = self._engine is None
+        parts, info = self._rewards(until_s=None if over else run.decided_s)
         observation = self._observe()
         info["action_mask"] = self._mask.copy()
-        over = self._engine is None
         if over:
             info["metrics"] = episode_metrics(run)
+            if self._reference_metrics is not None:
+                info["reference_metrics"] = self._reference_metrics
         else:
             info["engine"] = self._engine
         return observation, float(parts.sum()), over, False, info

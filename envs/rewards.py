@@ -75,7 +75,8 @@ class RewardMeter:
         config: the weights.
         run: the episode's run, at its start. What happens before the first decision enters the first reward, so that
             the undiscounted return is the metric.
-        reference: a finished run of another policy on the same requests, with recorded totals (open-loop tables only).
+        reference: a finished run of another policy on the same requests; with recorded totals (open-loop tables only)
+            where rewards are taken by arrivals.
 
     Attributes:
         now_s: time up to which rewards were taken.
@@ -88,6 +89,7 @@ class RewardMeter:
         self._seen = np.zeros(len(PARTS))
         self._waiting = None
         self._reference = None
+        self._reference_at: _Totals | None = None
         if self._weights[_KERNEL_PARTS:].any():
             self._waiting = _Waiting.of(config, run, reference)
         if reference is not None:
@@ -95,11 +97,15 @@ class RewardMeter:
             self._reference_sums = np.vstack([reference.memory.totals, reference.totals])
             self._reference_seen = np.zeros(len(PARTS))
 
-    def take(self, row: int | None = None) -> FloatArray:
+    def take(self, row: int | None = None, until_s: float | None = None) -> FloatArray:
         """Return the weighted parts since the last call, shape (parts,).
 
+        With a reference, the span that counts of it ends at the arrival of ``row``, which the pending decision is, or
+        at ``until_s``, or, at the end of an episode, with its run.
+
         Args:
-            row: with a reference, the request whose arrival the pending decision is; None at the end of the episode.
+            row: a request.
+            until_s: a time.
         """
         self.now_s = max(self._run.decided_s, self.now_s)
         sums = self._sums(self._run.totals, self._run.memory.requests, self.now_s)
@@ -107,8 +113,13 @@ class RewardMeter:
         self._seen = sums
         if self._reference is not None:
             requests = self._reference.requests
-            until = np.inf if row is None else float(requests["arrival_s"][row])
-            sums = self._sums(self._reference_sums[-1 if row is None else row], requests, until)
+            if until_s is not None:
+                if self._reference_at is None:
+                    self._reference_at = _Totals(requests)
+                sums = self._sums(self._reference_at(until_s), requests, until_s)
+            else:
+                until = np.inf if row is None else float(requests["arrival_s"][row])
+                sums = self._sums(self._reference_sums[-1 if row is None else row], requests, until)
             gained -= sums - self._reference_seen
             self._reference_seen = sums
         return np.asarray(-self._weights * gained)
@@ -119,6 +130,45 @@ class RewardMeter:
         if self._waiting is not None:
             sums[_KERNEL_PARTS:] = self._waiting.sums(requests, until_s)
         return sums
+
+
+class _Totals:
+    """The kernel's integrals of a finished run at any time, in closed form.
+
+    Each is a sum over requests of ``w (min(t, end) - start)``, which is the difference of two sums of ramps
+    ``w max(0, t - start)``; sorted starts and cumulative weights give a sum of ramps in logarithmic time.
+
+    Args:
+        requests: records of the run.
+    """
+
+    def __init__(self, requests: npt.NDArray[Any]) -> None:
+        one = np.ones(len(requests))
+        gaps = requests["output"] - 1
+        rate = np.where(gaps > 0, 1.0 / np.maximum(gaps, 1), 0.0)
+        ends = [np.nan_to_num(requests[name], nan=np.inf) for name in ("arrival_s", "first_s", "finish_s")]
+        ramps = [(ends[0], one), (ends[1], one), (ends[2], one), (ends[1], rate), (ends[2], rate)]
+        orders = [np.argsort(starts, kind="stable") for starts, _ in ramps]
+        self._starts = np.stack([starts[order] for (starts, _), order in zip(ramps, orders, strict=True)])
+        weights = np.stack([weight[order] for (_, weight), order in zip(ramps, orders, strict=True)])
+        finite = np.where(np.isfinite(self._starts), self._starts, 0.0)  # what has no end is never reached
+        self._weights = np.cumsum(weights, axis=1)
+        self._moments = np.cumsum(weights * finite, axis=1)
+
+    def __call__(self, until_s: float) -> FloatArray:
+        """Return the integrals of TTFT, E2E and TPOT, shape (3,)."""
+        arrival, first, finish, decoding, decoded = _ramp_sums(self._starts, self._weights, self._moments, until_s)
+        return np.array([arrival - first, arrival - finish, decoding - decoded])
+
+
+@compiled
+def _ramp_sums(starts: FloatArray, weights: FloatArray, moments: FloatArray, until: float) -> FloatArray:
+    sums = np.zeros(len(starts))
+    for k in range(len(starts)):
+        count = np.searchsorted(starts[k], until)
+        if count > 0:
+            sums[k] = weights[k, count - 1] * until - moments[k, count - 1]
+    return sums
 
 
 class _Waiting:

@@ -1,1 +1,1 @@
-"""Training of dispatch policies: a config in, a run folder with a policy bundle out."""
+"""Training of policies: a config in, a run folder with a policy bundle out."""

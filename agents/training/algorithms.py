@@ -7,14 +7,14 @@ from typing import Any
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 
-from servegym.agents.networks import DispatchPolicy, MaskableDispatchPolicy
+from servegym.agents.networks import MaskableSetPolicy, SetPolicy
 from servegym.agents.training.config import TrainConfig
 from servegym.agents.training.discount import MaskableTimedRolloutBuffer, TimedRolloutBuffer
 from servegym.agents.training.episodes import EpisodeVecEnv
 
 _ALGORITHMS: dict[str, tuple[type[Any], type[Any], type[Any]]] = {
-    "MaskablePPO": (MaskablePPO, MaskableDispatchPolicy, MaskableTimedRolloutBuffer),
-    "PPO": (PPO, DispatchPolicy, TimedRolloutBuffer),
+    "MaskablePPO": (MaskablePPO, MaskableSetPolicy, MaskableTimedRolloutBuffer),
+    "PPO": (PPO, SetPolicy, TimedRolloutBuffer),
 }
 
 
@@ -44,7 +44,7 @@ def make_model(config: TrainConfig, envs: EpisodeVecEnv) -> Any:
         gae_lambda=settings.gae_lambda,
         rollout_buffer_class=buffer,
         rollout_buffer_kwargs={"elapsed_s": envs.elapsed_s, "discount_rate_per_s": settings.discount_rate_per_s},
-        policy_kwargs=network.model_dump(),
+        policy_kwargs=network.model_dump() | {"decisions": config.task.decisions},
         seed=config.seed,
         device="cpu",  # networks this small are slower on a GPU
     )

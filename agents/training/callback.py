@@ -14,7 +14,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from servegym.agents.networks import DispatchActor
+from servegym.agents.networks import Actor
 from servegym.agents.runs import RunFolder
 from servegym.agents.training import checkpoint
 from servegym.agents.training.config import TrainConfig
@@ -68,9 +68,9 @@ class TrainingCallback(BaseCallback):
         self._last_ratio: float | None = None
 
     @property
-    def actor(self) -> DispatchActor:
+    def actor(self) -> Actor:
         """The network that is trained."""
-        return cast(DispatchActor, self.model.policy.actor)
+        return cast(Actor, self.model.policy.actor)
 
     def _on_rollout_start(self) -> None:
         fresh = self.num_timesteps != self._resumed_at  # a checkpoint comes after all else that belongs to its step
@@ -109,7 +109,8 @@ class TrainingCallback(BaseCallback):
         settings = self._config.evaluation
         scorer = SetScorer(actor_weights(self.actor))
         seeds = range(settings.first_seed, settings.first_seed + settings.episodes)
-        means = summarise([run_episode(scorer, self._validation_env, seed) for seed in seeds])
+        decisions = self.actor.decisions
+        means = summarise([run_episode(scorer, decisions, self._validation_env, seed) for seed in seeds])
         means["objective"] = objective(means, settings.objective)
         self.last_evaluation = means
         best = means["objective"] < self.best_objective
@@ -130,17 +131,18 @@ class TrainingCallback(BaseCallback):
             config_sha256=self._config.sha256(),
             seed=self._config.seed,
             steps=self.num_timesteps,
-            environment="servegym/EngineDispatch-v0",
+            environment=f"servegym/{self._config.environment}",
             evaluation=means,
         )
-        write_bundle(folder, actor_weights(self.actor), torch_logits(self.actor), training, package_versions())
+        actor = self.actor
+        write_bundle(folder, actor.decisions, actor_weights(actor), torch_logits(actor), training, package_versions())
 
     def _on_rollout_end(self) -> None:
         buffer = cast(OnPolicyAlgorithm, self.model).rollout_buffer
         slots = cast(spaces.Discrete, self.model.action_space).n
         share = np.bincount(buffer.actions.astype(np.int64).ravel(), minlength=int(slots)) / buffer.actions.size
-        for engine, part in enumerate(share):
-            self.logger.record(f"policy/share_engine_{engine:02d}", float(part))
+        for place, part in enumerate(share):
+            self.logger.record(f"policy/share_{self.actor.decisions.layer}_{place:02d}", float(part))
         self.logger.record("policy/entropy", self._entropy())
         self.logger.record("rollout/reward_per_step", float(buffer.rewards.mean()))
         rate = self._config.rollout_steps / (time.perf_counter() - self._rollout_began)
@@ -157,6 +159,6 @@ class TrainingCallback(BaseCallback):
     def _entropy(self) -> float:
         """Return the mean entropy of the actions' distributions at the environments' present observations, nats."""
         observation = cast(Observation, self.model._last_obs)
-        inputs = (torch.as_tensor(observation[key]).float() for key in ("engines", "request", "mask"))
-        log_chance = torch.log_softmax(self.actor(*inputs), dim=-1)
+        inputs = {key: torch.as_tensor(values).float() for key, values in observation.items()}
+        log_chance = torch.log_softmax(self.actor(*self.actor.observed(inputs)), dim=-1)
         return -float((log_chance.exp() * log_chance).sum(-1).mean())

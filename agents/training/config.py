@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
-from servegym.agents.priors import Prior
+from servegym.agents.priors import PRIORS, Prior
+from servegym.agents.training.tasks import TASKS, Task, TaskName
 from servegym.configuration import Config, validate
-from servegym.envs.engine_dispatch import EngineDispatchConfig
+from servegym.envs.episode import EpisodeConfig
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -99,21 +101,38 @@ class TrainConfig(Config):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     network: NetworkConfig = NetworkConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    env: EngineDispatchConfig = EngineDispatchConfig()
+    environment: TaskName = Field(default="EngineDispatch-v0", description="what is trained")
+    env: SerializeAsAny[EpisodeConfig] = Field(
+        default=cast(EpisodeConfig, {}), description="arguments of that environment"
+    )
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _is_of_the_environment(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = TASKS[info.data["environment"]].config if "environment" in info.data else EpisodeConfig
+        return validate(wanted, value, "") if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
-    def _evaluation_env_is_valid(self) -> Self:
+    def _parts_agree(self) -> Self:
+        known = PRIORS[self.task.decisions.layer]
+        if self.network.prior not in known:
+            raise ValueError(f"a network.prior for {self.environment}, not {self.network.prior}: {', '.join(known)}")
         self.validation_env()
         return self
 
-    def validation_env(self) -> EngineDispatchConfig:
+    @property
+    def task(self) -> Task:
+        """The environment and its decisions."""
+        return TASKS[self.environment]
+
+    def validation_env(self) -> EpisodeConfig:
         """Return the environment of the evaluations: ``env`` with the changes of ``evaluation.env``.
 
         Raises:
             InputError: the changes are not valid.
         """
         changed = merged(self.env.model_dump(mode="json"), self.evaluation.env)
-        return validate(EngineDispatchConfig, changed, "evaluation.env")
+        return validate(self.task.config, changed, "evaluation.env")
 
     @property
     def rollout_steps(self) -> int:

@@ -1,4 +1,4 @@
-"""Training a dispatch policy from a config, with Stable-Baselines3."""
+"""Training a policy from a config, with Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from servegym.agents.training.config import TrainConfig
 from servegym.agents.training.episodes import EpisodeVecEnv
 from servegym.agents.training.progress import TrainingProgress
 from servegym.agents.training.scalars import TensorBoardScalars
-from servegym.baselines.features import ENGINE_FEATURES, REQUEST_FEATURES
 from servegym.configuration import load_mapping, validate
-from servegym.envs.engine_dispatch import EngineDispatchConfig, EngineDispatchEnv
+from servegym.engine_bridge.decisions import Decisions
 from servegym.errors import InputError
 
 # What may differ between a run and its continuation; anything else would make it another run.
@@ -58,7 +57,7 @@ def train(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
-    make_env: Callable[[EngineDispatchConfig], gym.Env[Any, Any]] = EngineDispatchEnv,
+    make_env: Callable[[Any], gym.Env[Any, Any]] | None = None,
 ) -> TrainResult:
     """Train a policy, or go on with an interrupted run.
 
@@ -71,8 +70,8 @@ def train(
         out: the run folder; default ``runs/NAME/TIMESTAMP``.
         resume: an existing run folder.
         progress: show progress on stderr.
-        make_env: makes the environment from its config; one of your own needs the spaces of EngineDispatch, and
-            ``elapsed_s``, ``metrics`` and maybe ``reference_metrics`` in its info.
+        make_env: makes the environment from its config, in place of the one that the config names; one of your own
+            needs its spaces, and ``elapsed_s``, ``metrics`` and maybe ``reference_metrics`` in its info.
 
     Raises:
         InputError: a wrong config or a run that cannot be resumed.
@@ -86,10 +85,11 @@ def train(
             return result
     elif config is None:
         raise InputError("train", "config", "missing; needed unless a run is resumed")
+    make_env = make_env or config.task.make
     # Both environments are made before the folder, so that a mistake in their configs leaves nothing behind.
     envs = EpisodeVecEnv(partial(make_env, config.env), config.algorithm.n_envs, config.seed)
     validation_env = make_env(config.validation_env())
-    _check_spaces(validation_env)
+    _check_spaces(validation_env, config.task.decisions)
     if resume is None:
         run = RunFolder.create(config.name, out, config.model_dump(mode="json"))
     threads = torch.get_num_threads()
@@ -148,12 +148,17 @@ def _result(run: RunFolder) -> TrainResult:
     return TrainResult(run.path, run.policy, **json.loads(run.done.read_text(encoding="utf-8")))
 
 
-def _check_spaces(env: gym.Env[Any, Any]) -> None:
-    """Raise ValueError unless the spaces are those of EngineDispatch."""
+def _check_spaces(env: gym.Env[Any, Any], decisions: Decisions) -> None:
+    """Raise ValueError unless the spaces are those of such decisions."""
     slots = getattr(env.action_space, "n", None)
-    expected = {"engines": (slots, len(ENGINE_FEATURES)), "request": (len(REQUEST_FEATURES),), "mask": (slots,)}
+    items, context = decisions.observation
+    expected = {items: (slots, len(decisions.items)), context: (len(decisions.context),), "mask": (slots,)}
     parts = getattr(env.observation_space, "spaces", {})
-    if {key: part.shape for key, part in parts.items()} != expected:
+    shapes = {key: part.shape for key, part in parts.items()}
+    # Of a candidate, an environment may show more than the network takes.
+    if len(shapes.get(items, ())) == 2:
+        shapes[items] = (shapes[items][0], min(shapes[items][1], len(decisions.items)))
+    if shapes != expected:
         raise ValueError(
             f"the observation has the parts {parts}; needed: shapes {expected}, slots as in Discrete(slots)"
         )

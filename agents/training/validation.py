@@ -11,6 +11,7 @@ import numpy as np
 from servegym.agents.training.episodes import FinishedEpisode
 from servegym.baselines.heuristic import TURN, turns
 from servegym.baselines.interface import pick
+from servegym.engine_bridge.decisions import Decisions
 from servegym.engine_bridge.set_scorer import SetScorer
 from servegym.errors import InputError
 
@@ -18,21 +19,24 @@ from servegym.errors import InputError
 METRICS = ("ttft_s", "tpot_s", "e2e_s", "throughput_rps")
 
 
-def run_episode(scorer: SetScorer, env: gym.Env[Any, Any], seed: int) -> FinishedEpisode:
+def run_episode(scorer: SetScorer, decisions: Decisions, env: gym.Env[Any, Any], seed: int) -> FinishedEpisode:
     """Play one episode greedily with a network.
 
     Args:
         scorer: the network without torch.
-        env: an environment with the spaces of EngineDispatch.
+        decisions: what it decides.
+        env: an environment with such decisions.
         seed: of the episode.
     """
     observation, _ = env.reset(seed=seed)
+    items, context = decisions.observation
     reward, length, action = 0.0, 0, -1
     while True:
-        open_engines = observation["mask"] > 0
-        logits = scorer.logits(observation["engines"], observation["request"], open_engines)
-        # As BundlePolicy chooses: of equal engines, the next one after the previous request's.
-        action = pick(TURN * turns(len(logits), action + 1) - logits, open_engines)
+        eligible = observation["mask"] > 0
+        logits = scorer.logits(observation[items][:, : len(decisions.items)], observation[context], eligible)
+        # As bundles choose: of equal engines, the next one after the previous request's; of equal requests, the oldest.
+        first = action + 1 if decisions.layer == "engine" else 0
+        action = pick(TURN * turns(len(logits), first) - logits, eligible)
         observation, gained, terminated, truncated, info = env.step(action)
         reward += float(gained)
         length += 1

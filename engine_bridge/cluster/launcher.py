@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import servegym
+import servegym.engine_bridge.bundle  # makes bundles available by path
 from servegym.baselines.policy_spec import PolicySpec
-from servegym.baselines.registry import create
+from servegym.baselines.registry import create_live
 from servegym.engine_bridge.cluster.checkpoint import write_tiny_moe
 from servegym.engine_bridge.cluster.config import TINY_MOE, ClusterFile
 from servegym.engine_bridge.cluster.engine import (
@@ -42,7 +43,7 @@ from servegym.engine_bridge.vllm_plugin.protocol import (
     read_policy,
     write_policy,
 )
-from servegym.errors import InputError
+from servegym.errors import EngineError, InputError
 
 STATE = "state.json"
 POLICY = "policy.json"
@@ -123,10 +124,24 @@ class LiveCluster:
         Raises:
             InputError: no such policy, or engines without our scheduler.
         """
-        create("request", spec)
+        create_live("request", spec)
         if not all(engine.shim for engine in self.engines):
             raise InputError(self.name, "request_policy", "the engines run vLLM's own scheduler; start them with one")
-        return write_policy(self.folder / POLICY, spec)
+        return write_policy(self.folder / POLICY, spec.located())
+
+    def await_request_policy(self, version: int, timeout_s: float = 60.0) -> None:
+        """Wait until all engines follow the policy of a version; they look for one when they have something to do.
+
+        Raises:
+            EngineError: an engine does not take it up.
+        """
+        deadline = time.monotonic() + timeout_s
+        for engine in self.engines:
+            while (state := engine.shim_state()) is None or (state["tier"], state["version"]) != ("policy", version):
+                if time.monotonic() > deadline:
+                    raise EngineError(f"{engine.url} did not take up the request policy: {describe_shim(state)}")
+                completes(engine.url, self.model)
+                time.sleep(0.05)
 
     def stop(self) -> None:
         """End the engines that were started for the cluster."""
@@ -153,8 +168,8 @@ def start_cluster(file: ClusterFile, folder: Path, say: Say = lambda text: None)
     if file.attach:
         return _attach(file, folder)
     if file.request_policy is not None:
-        create("request", file.request_policy)
-        write_policy(folder / POLICY, file.request_policy)
+        create_live("request", file.request_policy)
+        write_policy(folder / POLICY, file.request_policy.located())
     commands = [_command(file, folder, index) for index in range(file.engines)]
     processes: list[EngineProcess] = []
     try:

@@ -18,7 +18,7 @@ from servegym.baselines.interface import EngineViews, RequestView
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create_live
 from servegym.engine_bridge.gateway.config import Mode
-from servegym.engine_bridge.golden import draw_decision
+from servegym.engine_bridge.golden import draw_dispatch
 from servegym.engine_bridge.router.guard import GuardedPolicy, Scored
 from servegym.errors import InputError
 
@@ -165,7 +165,7 @@ class _Lane:
 
 def _first_view() -> tuple[RequestView, EngineViews]:
     """A decision for the rehearsal of a policy that comes before the first request."""
-    row, matrix = draw_decision(np.random.default_rng(0))
+    row, matrix = draw_dispatch(np.random.default_rng(0))
     request = RequestView(
         index=0,
         now_s=float(row[i.R_NOW_S]),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import numpy as np
 
 from servegym.baselines.interface import FloatArray, QueueView, RequestPolicy
 from servegym.baselines.policy_spec import PolicySpec
-from servegym.baselines.registry import create_live
+from servegym.baselines.registry import create_live, names
 from servegym.engine_bridge.vllm_plugin.protocol import read_policy, write_state
+from servegym.errors import InputError
 
 _logger = logging.getLogger("vllm.servegym")
 _LOOK_S = 0.1
@@ -45,10 +48,17 @@ class LivePolicy:
         self._modified = 0
         self._look_at = 0.0
         self._reported_failures = 0
+        self._loading: threading.Thread | None = None
+        self._loaded: _Loaded | None = None
         self.refresh()
 
     def refresh(self) -> None:
-        """Take up a new policy file, at most ten times a second; a bad one leaves the old policy in force."""
+        """Take up a new policy file, at most ten times a second; a bad one leaves the old policy in force.
+
+        What comes from a file of its own, a bundle or somebody's code, is read beside the engine's steps.
+        """
+        if self._loaded is not None:
+            self._take_up(self._loaded)
         now = time.monotonic()
         if now < self._look_at:
             return
@@ -58,8 +68,9 @@ class LivePolicy:
         except OSError:
             modified = 0
         if modified != self._modified or (modified == 0 and not self._reason):
-            self._modified = modified
-            self._load()
+            if self._loading is None or not self._loading.is_alive():
+                self._modified = modified
+                self._begin_loading()
         elif self.failures != self._reported_failures:
             self._report()
 
@@ -84,16 +95,29 @@ class LivePolicy:
         _logger.warning("servegym: vLLM's own order: %s", reason)
         self._report()
 
-    def _load(self) -> None:
+    def _begin_loading(self) -> None:
         try:
             version, spec = read_policy(self._path)
-            policy = create_live("request", spec)
-        except Exception as error:
-            self._reason = str(error)
-            _logger.warning("servegym: policy not taken up: %s", error)
+        except InputError as error:
+            self._take_up(_Loaded(0, None, None, str(error)))
+            return
+        if self._policy is None or spec.name in names("request"):
+            self._take_up(_load(version, spec))
+            return
+        self._loading = threading.Thread(target=self._load_beside, args=(version, spec), daemon=True)
+        self._loading.start()
+
+    def _load_beside(self, version: int, spec: PolicySpec) -> None:
+        self._loaded = _load(version, spec)
+
+    def _take_up(self, loaded: _Loaded) -> None:
+        self._loaded = None
+        self._reason = loaded.reason
+        if loaded.policy is None:
+            _logger.warning("servegym: policy not taken up: %s", loaded.reason)
         else:
-            self._policy, self._spec, self.version, self._reason = policy, spec, version, ""
-            _logger.info("servegym: waiting queue ordered by %s", spec)
+            self._policy, self._spec, self.version = loaded.policy, loaded.spec, loaded.version
+            _logger.info("servegym: waiting queue ordered by %s", loaded.spec)
         self._report()
 
     def _failed(self, reason: str) -> None:
@@ -119,3 +143,22 @@ class LivePolicy:
         except OSError as error:
             _logger.warning("servegym: state not written: %s", error)
             self._state = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A policy that was read, or why it was not."""
+
+    version: int
+    spec: PolicySpec | None
+    policy: RequestPolicy | None
+    reason: str = ""
+
+
+def _load(version: int, spec: PolicySpec) -> _Loaded:
+    try:
+        if spec.name not in names("request"):
+            import servegym.engine_bridge.bundle  # noqa: F401 - makes bundles available by path
+        return _Loaded(version, spec, create_live("request", spec))
+    except Exception as error:
+        return _Loaded(version, spec, None, str(error))

@@ -130,6 +130,8 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> Inpu
     field = ".".join(location)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
+        if not cause.source and cause.field:  # of a part that was validated apart
+            return InputError(source, f"{field}.{cause.field}", cause.problem)
         return InputError(source, field, str(cause))
     kind, value = str(first["type"]), first["input"]
     if kind == "extra_forbidden":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ import pytest
 import safetensors.numpy
 
 from servegym.baselines import registry
-from servegym.baselines.features import ENGINE_FEATURE_NAMES
-from servegym.baselines.interface import EnginePolicy
+from servegym.baselines.interface import EnginePolicy, RequestPolicy
 from servegym.engine_bridge import bundle_writer
 from servegym.engine_bridge.bundle import load_bundle
+from servegym.engine_bridge.decisions import ADMISSION, DECISIONS, DISPATCH
 from servegym.errors import InputError
 
 
@@ -37,11 +38,11 @@ def set_weights(folder: Path, change) -> None:
 
 
 def put_nan(weights) -> None:
-    weights["item.weight"][0, 0] = np.nan
+    weights["hidden.weight"][0, 0] = np.nan
 
 
 def swap_features(content) -> None:
-    names = content["engine_features"]
+    names = content["item_features"]
     names[0], names[1] = names[1], names[0]
 
 
@@ -50,19 +51,30 @@ DAMAGES = {
     "not JSON": (lambda folder: (folder / "policy.json").write_text("{"), "not readable as JSON"),
     "a list": (lambda folder: (folder / "policy.json").write_text("[]"), "top level is list"),
     "no weights": (lambda folder: (folder / "policy.safetensors").unlink(), "cannot be read: No such file"),
-    "other schema": (lambda f: edit(f, lambda c: c.update(schema_version=2)), "schema_version: got 2; allowed: 1"),
-    "other layer": (lambda f: edit(f, lambda c: c.update(layer="expert")), "layer: got 'expert'; allowed: 'engine'"),
+    "other schema": (lambda f: edit(f, lambda c: c.update(schema_version=1)), "schema_version: got 1; allowed: 2"),
+    "other layer": (
+        lambda f: edit(f, lambda c: c.update(layer="expert")),
+        "layer: got 'expert'; allowed: 'engine' or 'request'",
+    ),
+    "other level": (
+        lambda f: edit(f, lambda c: c.update(layer="request")),
+        "item_features: name 0 is 'log_prefill_work'; allowed: 'log_prefill'",
+    ),
+    "other formula": (
+        lambda f: edit(f, lambda c: c.update(architecture="index_scorer")),
+        "architecture: got 'index_scorer'; allowed: 'set_scorer'",
+    ),
     "unknown key": (lambda f: edit(f, lambda c: c.update(colour="red")), "colour: unknown key"),
     "missing key": (lambda f: edit(f, lambda c: c.pop("widths")), "widths: missing"),
     "feature order": (
         lambda f: edit(f, swap_features),
-        "engine_features: name 0 is 'log_batch'; allowed: 'log_prefill_work'",
+        "item_features: name 0 is 'log_batch'; allowed: 'log_prefill_work'",
     ),
     "feature count": (
-        lambda f: edit(f, lambda c: c["request_features"].pop()),
-        "request_features: 7 names; allowed: 8",
+        lambda f: edit(f, lambda c: c["context_features"].pop()),
+        "context_features: 7 names; allowed: 8",
     ),
-    "widths": (lambda f: edit(f, lambda c: c["widths"].update(engine_features=3)), "widths: do not match"),
+    "widths": (lambda f: edit(f, lambda c: c["widths"].update(item_features=3)), "widths: do not match"),
     "hidden width": (
         lambda f: edit(f, lambda c: c["widths"].update(hidden=8)),
         "got float32 (32, 21); allowed: float32 (8, 21)",
@@ -76,15 +88,15 @@ DAMAGES = {
         lambda f: (f / "policy.safetensors").write_bytes((f / "policy.safetensors").read_bytes()[:-1] + b"\x55"),
         "damaged or replaced",
     ),
-    "NaN weights": (lambda f: set_weights(f, put_nan), "item.weight: has values that are not finite"),
-    "missing weight": (lambda f: set_weights(f, lambda w: w.pop("item.bias")), "item.bias: missing"),
-    "extra weight": (lambda f: set_weights(f, lambda w: w.update(x=w["item.bias"])), "x: unknown weight"),
+    "NaN weights": (lambda f: set_weights(f, put_nan), "hidden.weight: has values that are not finite"),
+    "missing weight": (lambda f: set_weights(f, lambda w: w.pop("hidden.bias")), "hidden.bias: missing"),
+    "extra weight": (lambda f: set_weights(f, lambda w: w.update(x=w["hidden.bias"])), "x: unknown weight"),
     "wrong type": (
-        lambda f: set_weights(f, lambda w: w.update({"item.bias": w["item.bias"].astype(np.float64)})),
-        "item.bias: got float64",
+        lambda f: set_weights(f, lambda w: w.update({"hidden.bias": w["hidden.bias"].astype(np.float64)})),
+        "hidden.bias: got float64",
     ),
     "other weights": (
-        lambda f: set_weights(f, lambda w: w.update({"item.bias": w["item.bias"] + 1})),
+        lambda f: set_weights(f, lambda w: w.update({"hidden.bias": w["hidden.bias"] + 1})),
         "logits differ by",
     ),
 }
@@ -102,15 +114,11 @@ def test_a_damaged_bundle_is_refused_in_one_line(damage: str, bundle: Path) -> N
 
 
 def test_a_changed_feature_is_noticed_by_the_golden_decisions(bundle: Path, monkeypatch) -> None:
-    from servegym.engine_bridge import bundle_policy
-
-    fill = bundle_policy.fill_dispatch_features
-
     def scaled(request, engines, engine_features, request_features) -> None:
-        fill(request, engines, engine_features, request_features)
+        DISPATCH.fill(request, engines, engine_features, request_features)
         engine_features[:, 3] *= 1.1
 
-    monkeypatch.setattr(bundle_policy, "fill_dispatch_features", scaled)
+    monkeypatch.setitem(DECISIONS, "engine", replace(DISPATCH, fill=scaled))
     with pytest.raises(InputError, match="logits differ by"):
         load_bundle(bundle)
 
@@ -120,6 +128,14 @@ def test_the_registry_takes_a_bundle_by_its_path(place: str, bundle: Path) -> No
     policy = registry.create("engine", str(bundle.parents[1] / place))
     assert isinstance(policy, EnginePolicy)
     assert policy.manifest.training.run == "test"
+
+
+def test_the_registry_knows_bundles_of_the_request_level(request_bundle: Path) -> None:
+    policy = registry.create("request", str(request_bundle))
+    assert isinstance(policy, RequestPolicy)
+    assert policy.manifest.layer == "request"
+    with pytest.raises(InputError, match="the bundle is a policy of the request level"):
+        registry.create("engine", str(request_bundle))
 
 
 def test_the_registry_says_what_is_wrong_with_a_path(bundle: Path) -> None:
@@ -162,7 +178,10 @@ def test_the_same_weights_make_the_same_bytes(tmp_path: Path, save_actor) -> Non
         assert path.read_bytes() == (second / path.name).read_bytes()
 
 
-def test_the_card_names_features_and_results(bundle: Path) -> None:
+def test_the_card_names_features_and_results(bundle: Path, request_bundle: Path) -> None:
     card = (bundle / "README.md").read_text()
     assert "| ttft_s_ratio | 0.9 |" in card
-    assert ", ".join(ENGINE_FEATURE_NAMES) in card
+    assert ", ".join(DISPATCH.item_names) in card
+    other = (request_bundle / "README.md").read_text()
+    assert other.startswith("# Admission policy")
+    assert ", ".join(ADMISSION.item_names) in other

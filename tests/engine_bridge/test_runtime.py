@@ -8,23 +8,33 @@ import numba
 import numpy as np
 import pytest
 import torch
+from support import random_table
 
 from servegym.agents.training.export import actor_weights, torch_logits
 from servegym.baselines.features import ENGINE_FEATURES, REQUEST_FEATURES
 from servegym.baselines.heuristic import compiled_form
 from servegym.baselines.interface import (
+    C_WAITING,
     E_AVAILABLE,
+    Q_DEADLINE_S,
+    Q_PREDICTED_TOKENS,
+    Q_USER_SERVED,
     R_LAST_ENGINE,
     R_PRIORITY,
     R_PROMPT_TOKENS,
     R_TURN,
     EngineViews,
+    QueueView,
     RequestView,
     pick,
 )
+from servegym.baselines.registry import create
 from servegym.engine_bridge.bundle import load_bundle
-from servegym.engine_bridge.golden import draw_decision
+from servegym.engine_bridge.decisions import ADMISSION
+from servegym.engine_bridge.golden import draw_dispatch, draw_queue
 from servegym.engine_bridge.set_scorer import SetScorer
+from servegym.envs.simulator.cluster import SimulatedCluster
+from servegym.envs.simulator.config import ClusterConfig
 
 
 def views(row: np.ndarray, matrix: np.ndarray) -> tuple[RequestView, EngineViews]:
@@ -61,7 +71,7 @@ def test_the_compiled_form_equals_the_numpy_runtime(bundle) -> None:
     compiled = numba.njit(function)
     rng = np.random.default_rng(2)
     for case in range(300):
-        row, matrix = draw_decision(rng)
+        row, matrix = draw_dispatch(rng)
         if case % 10 == 0:
             matrix[:, E_AVAILABLE] = 0.0
         scores = policy.score(*views(row, matrix))
@@ -74,7 +84,7 @@ def test_the_compiled_form_equals_the_numpy_runtime(bundle) -> None:
 
 def test_equal_engines_take_turns_and_unavailable_ones_none(bundle) -> None:
     policy = load_bundle(bundle)
-    row, matrix = draw_decision(np.random.default_rng(0))
+    row, matrix = draw_dispatch(np.random.default_rng(0))
     matrix = np.repeat(matrix[:1], 4, axis=0)
     matrix[:, E_AVAILABLE] = [1, 1, 0, 1]
     chosen = []
@@ -89,7 +99,7 @@ def test_equal_engines_take_turns_and_unavailable_ones_none(bundle) -> None:
 
 def test_scores_do_not_depend_on_engines_that_are_down(bundle) -> None:
     policy = load_bundle(bundle)
-    row, matrix = draw_decision(np.random.default_rng(5))
+    row, matrix = draw_dispatch(np.random.default_rng(5))
     longer = np.vstack([matrix, np.full_like(matrix[:2], 77.0)])
     longer[-2:, E_AVAILABLE] = 0.0
     scores = policy.score(*views(row, longer))
@@ -98,14 +108,57 @@ def test_scores_do_not_depend_on_engines_that_are_down(bundle) -> None:
 
 
 def test_no_engines_give_no_scores(bundle) -> None:
-    row, matrix = draw_decision(np.random.default_rng(5))
+    row, matrix = draw_dispatch(np.random.default_rng(5))
     assert load_bundle(bundle).score(*views(row, matrix[:0])).shape == (0,)
+
+
+def test_requests_are_scored_alike_by_torch_numpy_and_the_compiled_form(request_actor, request_bundle) -> None:
+    policy, reference = load_bundle(request_bundle), torch_logits(request_actor)
+    function, params = compiled_form(policy)
+    compiled = numba.njit(function)
+    rng = np.random.default_rng(3)
+    for case in range(200):
+        context, queue = draw_queue(rng)
+        if case % 2:
+            queue[:, [Q_DEADLINE_S, Q_PREDICTED_TOKENS, Q_USER_SERVED]] = [np.inf, np.nan, np.nan]
+        view = QueueView(queue, *context[:C_WAITING].tolist())
+        np.testing.assert_array_equal(view.context(), context)
+        scores = policy.score(view)
+        items, shared = ADMISSION.features(context, queue)
+        np.testing.assert_allclose(scores, -reference(items, shared, np.ones(len(queue))), rtol=0, atol=1e-5)
+        for run in (compiled, function) if case < 20 else (compiled,):
+            np.testing.assert_allclose([run(row, context, params) for row in queue], scores, rtol=0, atol=1e-5)
+
+
+def test_a_request_is_scored_by_itself(request_bundle) -> None:
+    """Two waiting requests and the same two among others have the same order, whoever the others are."""
+    policy = load_bundle(request_bundle)
+    context, queue = draw_queue(np.random.default_rng(11))
+    shown = ADMISSION.features(context, queue)[0]
+    np.testing.assert_array_equal(ADMISSION.features(context, queue[::-1])[0], shown[::-1])
+    np.testing.assert_allclose(policy.logits(context, queue[:2]), policy.logits(context, queue)[:2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["bundle", "request_bundle"])
+def test_the_simulator_takes_a_bundle_compiled_and_as_python_alike(layer: str, request) -> None:
+    """The kernel's own call of the network, and the same policy without its compiled form."""
+    policy = load_bundle(request.getfixturevalue(layer))
+    plain = type("Plain", (), {"score": lambda self, *views: policy.score(*views)})()
+    config = ClusterConfig(engines=2 if layer == "bundle" else 1, engine={"max_num_batched_tokens": 2048})
+    table = random_table(5, 300, rate_rps=40.0)
+    finish = []
+    for one in (policy, plain):
+        chosen = (create("request", "fcfs"), one) if layer == "bundle" else (one, create("engine", "round_robin"))
+        run = SimulatedCluster(config, table, *chosen)
+        run.run()
+        finish.append(run.memory.requests["finish_s"].copy())
+    np.testing.assert_array_equal(*finish)
 
 
 @pytest.mark.parametrize("count", [4, 16])
 def test_a_decision_takes_microseconds(bundle, count: int) -> None:
     policy = load_bundle(bundle)
-    row, matrix = draw_decision(np.random.default_rng(0))
+    row, matrix = draw_dispatch(np.random.default_rng(0))
     request, engines = views(row, np.repeat(matrix[:1], count, axis=0))
     times = []
     for _ in range(500):

@@ -132,3 +132,30 @@ def test_a_place_where_nobody_waits(config: dict[str, Any]) -> None:
 def test_same_seed_same_episode(config: dict[str, Any], tmp_path: Path) -> None:
     first, second = (play(RequestOrderingEnv(config), lambda _: 1, seed=4) for _ in range(2))
     assert first[:2] == second[:2]
+
+
+WEIGHTS = {"ttft": 1.0, "e2e": 0.5, "tpot": 2.0, "tail": 0.1}
+
+
+def test_who_does_what_the_reference_does_gains_nothing_at_any_time(config: dict[str, Any]) -> None:
+    env = RequestOrderingEnv(config | {"reference": "fcfs", "reward": WEIGHTS})
+    env.reset(seed=3)
+    rewards, over = [], False
+    while not over:
+        _, reward, over, _, info = env.step(0)
+        rewards.append(float(reward))
+    assert len(rewards) > 100
+    np.testing.assert_allclose(rewards, 0.0, atol=1e-9)
+    assert info["metrics"] == info["reference_metrics"]
+
+
+def test_the_return_is_the_gain_over_the_reference(config: dict[str, Any]) -> None:
+    def shortest(observation: dict[str, Any]) -> int:
+        return int(np.where(observation["mask"] > 0, observation["requests"][:, 0], np.inf).argmin())
+
+    env = RequestOrderingEnv(config | {"reference": "fcfs", "reward": {"ttft": 1.0, "e2e": 0.5}})
+    total, _, info = play(env, shortest, seed=4)
+    mine, other = info["metrics"], info["reference_metrics"]
+    gain = sum(150 * weight * (other[name] - mine[name]) for name, weight in (("ttft_s", 1.0), ("e2e_s", 0.5)))
+    assert mine["ttft_s"] < other["ttft_s"]
+    assert total == pytest.approx(gain, rel=1e-9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,8 @@ CONFIG = ReplayConfig.model_validate({"workload": {"name": "fixed", "rate_rps": 
 
 
 def use(cluster: LiveCluster, policy: str) -> None:
-    """Put a policy in force: the engine looks at its file once a second, when it has something to schedule."""
-    version = cluster.set_request_policy(PolicySpec.parse(policy))
-    deadline = time.monotonic() + 20
-    while cluster.engines[0].shim_state()["version"] != version:  # type: ignore[index]
-        assert time.monotonic() < deadline
-        _complete(cluster, "hello")
-        time.sleep(0.2)
+    """Put a policy in force."""
+    cluster.await_request_policy(cluster.set_request_policy(PolicySpec.parse(policy)))
 
 
 def _complete(cluster: LiveCluster, prompt: str, tokens: int = 1) -> Any:

@@ -24,7 +24,12 @@ from servegym.errors import InputError
         ("algorithm.name=SAC", "algorithm.name: got 'SAC'; allowed: 'MaskablePPO' or 'PPO'"),
         ("algorithm.learning_rate=.nan", "algorithm.learning_rate: got nan; allowed: a finite number"),
         ("algorithm.batch_size=1000", "algorithm.batch_size: got 1000; allowed: a divisor of n_envs * n_steps = 8192"),
-        ("network.prior=fifo", "network.prior: got 'fifo'; allowed: 'lmetric', 'least_requests' or 'none'"),
+        ("network.prior=fifo", "network.prior: got 'fifo'; allowed: 'lmetric', 'least_requests', 'shortest', 'aged'"),
+        (
+            "environment=Nothing-v0",
+            "environment: got 'Nothing-v0'; allowed: 'EngineDispatch-v0' or 'RequestOrdering-v0'",
+        ),
+        ("environment=RequestOrdering-v0", "a network.prior for RequestOrdering-v0, not lmetric: shortest, aged"),
         ("network.depth=2", "network.depth: unknown key"),
         ("evaluation.env={episode_request: 5}", "evaluation.env: episode_request: unknown key"),
         ("env={episode_request: 5}", "env.episode_request: unknown key; did you mean episode_requests?"),

@@ -48,3 +48,38 @@ def test_from_nothing_it_beats_random_and_comes_close_to_the_best_heuristic(tmp_
     gap = {row["policy"]: row["metrics"]["ttft_s"]["difference"] for row in result.statistics()}
     assert gap["learned"]["high"] < 0
     assert gap["learned"]["value"] < 0.5 * gap["lmetric"]["value"]
+
+
+@pytest.mark.slow
+def test_from_nothing_an_admission_policy_beats_fcfs(tmp_path: Path) -> None:
+    """On an engine that is overloaded for a while, where short prompts first is what there is to find."""
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(yaml.safe_dump(TOY), encoding="utf-8")
+    cluster: dict[str, Any] = {"engines": 1, "profile": str(profile), "engine": {"max_num_batched_tokens": 2048}}
+    config = {
+        "name": "scratch",
+        "total_steps": 60_000,
+        "environment": "RequestOrdering-v0",
+        "algorithm": {"n_envs": 16, "n_steps": 128, "batch_size": 512},
+        "network": {"prior": "none"},
+        "env": {
+            "cluster": cluster,
+            "workload": {"name": "azure-conv", "load": 1.15},
+            "episode_requests": 300,
+            "reference": "fcfs",
+        },
+        "evaluation": {"every_steps": 30_000, "episodes": 4},
+    }
+    policy = train(validate(TrainConfig, config, "test"), out=tmp_path / "run", progress=False).policy
+    comparison = {
+        "cluster": cluster,
+        "workloads": [{"name": "azure-conv", "requests": 1000}],
+        "loads": [1.15],
+        "baseline": "fcfs",
+        "policies": {"fcfs": {}, "spf_aging": {"request": "spf_aging"}, "learned": {"request": str(policy)}},
+    }
+    result = evaluate(validate(EvaluationConfig, comparison, "test"), processes=1, progress=False)
+    gap = {row["policy"]: row["metrics"]["ttft_s"]["difference"] for row in result.statistics()}
+    print(gap)
+    assert gap["learned"]["high"] < 0
+    assert gap["learned"]["value"] < 0.5 * gap["spf_aging"]["value"]

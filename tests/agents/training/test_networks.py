@@ -9,15 +9,15 @@ from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 
-from servegym.agents.networks import DispatchPolicy, MaskableDispatchPolicy
+from servegym.agents.networks import MaskableSetPolicy, SetPolicy
 from servegym.agents.training.episodes import EpisodeVecEnv
 from servegym.baselines import registry
 from servegym.baselines.features import ENGINE_FEATURES, REQUEST_FEATURES, fill_dispatch_features
 from servegym.baselines.interface import E_AVAILABLE, EngineViews, RequestView, pick
-from servegym.engine_bridge.golden import draw_decision
+from servegym.engine_bridge.golden import draw_dispatch
 
 
-def make_policy(kind: type = MaskableDispatchPolicy, slots: int = 4, prior: str = "lmetric", seed: int = 0):
+def make_policy(kind: type = MaskableSetPolicy, slots: int = 4, prior: str = "lmetric", seed: int = 0):
     torch.manual_seed(seed)
     observations = spaces.Dict(
         {
@@ -88,7 +88,7 @@ def test_padding_changes_nothing_and_weights_move_from_4_to_16_slots() -> None:
     assert len(set(large.get_distribution(full).distribution.probs.argmax(1).tolist())) > 1
 
 
-@pytest.mark.parametrize("kind", [DispatchPolicy, MaskableDispatchPolicy])
+@pytest.mark.parametrize("kind", [SetPolicy, MaskableSetPolicy])
 def test_masked_engines_are_never_sampled(kind: type) -> None:
     policy, observation = shaken(make_policy(kind)), draw_observation(2000, 4)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_masked_engines_are_never_sampled(kind: type) -> None:
 
 
 def test_no_engine_at_all_is_survived() -> None:
-    policy, observation = shaken(make_policy(DispatchPolicy)), draw_observation(2, 4)
+    policy, observation = shaken(make_policy(SetPolicy)), draw_observation(2, 4)
     observation["mask"][:] = 0.0
     assert torch.isfinite(logits_and_values(policy, observation)[1]).all()
 
@@ -109,7 +109,7 @@ def test_the_untrained_policy_chooses_as_its_heuristic(prior: str) -> None:
     policy, heuristic = make_policy(slots=8, prior=prior), registry.create("engine", prior)
     rng = np.random.default_rng(3)
     for _ in range(300):
-        row, matrix = draw_decision(rng)
+        row, matrix = draw_dispatch(rng)
         engines = np.empty((8, len(ENGINE_FEATURES)), dtype=np.float32)
         request = np.empty(len(REQUEST_FEATURES), dtype=np.float32)
         fill_dispatch_features(row, matrix, engines, request)
@@ -129,7 +129,7 @@ def test_without_a_prior_the_untrained_policy_is_uniform() -> None:
     assert set(logits[observation["mask"] > 0].tolist()) == {0.0}
 
 
-@pytest.mark.parametrize(("algorithm", "kind"), [(PPO, DispatchPolicy), (MaskablePPO, MaskableDispatchPolicy)])
+@pytest.mark.parametrize(("algorithm", "kind"), [(PPO, SetPolicy), (MaskablePPO, MaskableSetPolicy)])
 def test_hidden_layers_start_orthogonal_and_all_parameters_are_optimised(algorithm, kind, make_toy) -> None:
     model = algorithm(
         kind,
@@ -139,7 +139,7 @@ def test_hidden_layers_start_orthogonal_and_all_parameters_are_optimised(algorit
         policy_kwargs={"width": 16, "prior": "lmetric", "prior_scale": 2.0},
         device="cpu",
     )
-    weight = model.policy.actor.item.weight.detach()
+    weight = model.policy.actor.hidden.weight.detach()
     torch.testing.assert_close(weight @ weight.T, 2.0 * torch.eye(16), rtol=1e-5, atol=1e-5)
     optimised = {id(parameter) for group in model.policy.optimizer.param_groups for parameter in group["params"]}
     assert optimised == {id(parameter) for parameter in model.policy.parameters()}

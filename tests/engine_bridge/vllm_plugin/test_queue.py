@@ -152,6 +152,27 @@ def test_a_new_file_is_taken_up_and_a_bad_one_is_not(tmp_path: Path) -> None:
     assert "needs true output lengths" in json.loads(state.read_text())["reason"]
 
 
+def test_what_is_read_from_files_is_read_beside_the_engines_steps(tmp_path: Path) -> None:
+    """Code that takes its time to load: the policy before it decides meanwhile, and the state tells which one did."""
+    path, state = tmp_path / "policy.json", tmp_path / "state.json"
+    write_policy(path, PolicySpec(name="fcfs"))
+    policy = LivePolicy(path, state)
+    module = tmp_path / "slow.py"
+    module.write_text(
+        "import time\nimport numpy as np\ntime.sleep(0.3)\n"
+        "class Last:\n    def score(self, queue): return -np.arange(len(queue), dtype=float)\n"
+    )
+    write_policy(path, PolicySpec(name=f"{module}:Last"))
+    began = time.monotonic()
+    look_again(policy)
+    assert time.monotonic() - began < 0.2
+    assert policy.scores(view()).tolist() == [0.0, 1.0, 2.0]
+    while json.loads(state.read_text())["version"] != 2:
+        assert time.monotonic() - began < 20
+        look_again(policy)
+    assert policy.scores(view()).tolist() == [0.0, -1.0, -2.0]
+
+
 @pytest.mark.parametrize("fault", ["raise", "shape", "nan"])
 def test_a_failing_policy_leaves_the_order_of_arrival(tmp_path: Path, fault: str) -> None:
     module = tmp_path / "mine.py"
