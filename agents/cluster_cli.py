@@ -66,9 +66,7 @@ def down(name: Annotated[str, typer.Argument(help="The cluster's name.")], folde
 @cluster_app.command()
 def order(
     name: Annotated[str, typer.Argument(help="The cluster's name.")],
-    policy: Annotated[
-        str, typer.Argument(metavar="NAME[,KEY=VALUE]", help="A request policy of `servegym list`, or a bundle.")
-    ],
+    policy: Annotated[str, typer.Argument(metavar="NAME[,KEY=VALUE]", help="A request policy by name, or a bundle.")],
     folder: Folder = None,
 ) -> None:
     """Let the running engines order their waiting queues by another request policy, or a policy bundle."""

@@ -125,9 +125,16 @@ def view(count: int = 3) -> QueueView:
     return QueueView(data=rows, now_s=9.0, **CONTEXT)
 
 
-def look_again(policy: LivePolicy) -> None:
+def look(policy: LivePolicy) -> None:
     policy._look_at = 0.0
     policy.refresh()
+
+
+def look_again(policy: LivePolicy) -> None:
+    look(policy)
+    if policy._loading is not None:
+        policy._loading.join()
+        look(policy)
 
 
 def test_a_new_file_is_taken_up_and_a_bad_one_is_not(tmp_path: Path) -> None:
@@ -164,12 +171,12 @@ def test_what_is_read_from_files_is_read_beside_the_engines_steps(tmp_path: Path
     )
     write_policy(path, PolicySpec(name=f"{module}:Last"))
     began = time.monotonic()
-    look_again(policy)
+    look(policy)
     assert time.monotonic() - began < 0.2
     assert policy.scores(view()).tolist() == [0.0, 1.0, 2.0]
     while json.loads(state.read_text())["version"] != 2:
         assert time.monotonic() - began < 20
-        look_again(policy)
+        look(policy)
     assert policy.scores(view()).tolist() == [0.0, -1.0, -2.0]
 
 
