@@ -216,7 +216,7 @@ def _with_order(file: ClusterFile, request_policy: PolicySpec | None) -> Cluster
 def _request_level(live: LiveCluster, config: DeployConfig) -> StaticKey | None:
     """Put the request policy in force, inside the engines or as a key of each request."""
     from servegym.baselines.registry import create
-    from servegym.engine_bridge.gateway.scheduling import heeds_priorities
+    from servegym.engine_bridge.cluster.priorities import heeds_priorities
     from servegym.engine_bridge.gateway.static_key import StaticKey
 
     spec = config.request_policy

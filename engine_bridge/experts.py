@@ -60,16 +60,16 @@ class LiveExperts:
             raise EngineError(f"{self.url}: no tokens to write; begin with start(keep=True) and send requests")
         return int(answer["tokens"])
 
-    def placement(self, ranks: int) -> Placement:
+    def placement(self) -> Placement:
         """Return which expert stands where.
 
         Raises:
             EngineError: the engine has no expert parallelism.
         """
         held = [answer["held"] for answer in self._call("servegym_placement")]
-        if len(held) != ranks or any(layer is None for rank in held for layer in rank):
-            raise EngineError(f"{self.url}: expert parallelism over {ranks} ranks expected")
-        return Placement(np.concatenate([np.array(rank, dtype=np.int64) for rank in held], axis=1), ranks)
+        if any(layer is None for rank in held for layer in rank):
+            raise EngineError(f"{self.url}: no expert parallelism (enable-expert-parallel)")
+        return Placement(np.concatenate([np.array(rank, dtype=np.int64) for rank in held], axis=1), len(held))
 
     def place(self, wanted: Placement) -> list[int]:
         """Move experts, layer by layer, while the engine serves (tensor parallelism) or is paused (data parallelism).

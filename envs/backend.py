@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,6 +58,10 @@ class ServingRun(Protocol):
     @property
     def memory(self) -> RunMemory:
         """Its records."""
+
+    @property
+    def expert_policies(self) -> Sequence[Any]:
+        """The expert policy of each engine or group of them; empty where experts stay."""
 
     @property
     def totals(self) -> FloatArray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self, SupportsFloat
 
 import numpy as np
@@ -131,7 +131,7 @@ class EngineDispatchEnv(ServingEnv[np.int64]):
         self._reference_metrics = episode_metrics(paired) if paired is not None else None
         run: ServingRun
         if self._target is not None:
-            run = self._live_run(table, None, run_seed)
+            run = self._live_run(table, None, run_seed, expert_policies=self._live_expert_policies())
         else:
             run = SimulatedCluster(
                 cluster, table, self._request_policy, expert_policy=self._expert_policy, seed=run_seed
@@ -162,6 +162,10 @@ class EngineDispatchEnv(ServingEnv[np.int64]):
                 info["reference_metrics"] = self._reference_metrics
         info["action_mask"] = self._mask.copy()
         return observation, float(parts.sum()), not alive, False, info
+
+    def _live_expert_policies(self) -> Sequence[ExpertPolicy]:
+        """Return the policies that place the experts of live engines, one per engine; none: the experts stay."""
+        return ()
 
     def _observe(self) -> Observation:
         run = self._running()

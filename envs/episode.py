@@ -12,7 +12,7 @@ from gymnasium import spaces
 from pydantic import Field, model_validator
 
 from servegym.baselines.features import Feature
-from servegym.baselines.interface import EnginePolicy, FloatArray
+from servegym.baselines.interface import EnginePolicy, ExpertPolicy, FloatArray
 from servegym.configuration import Config, validate
 from servegym.envs.backend import ServingRun
 from servegym.envs.live.options import LiveOptions
@@ -118,7 +118,13 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
         return cluster, table, run_seed
 
     def _live_run(
-        self, table: RequestTable, engine_policy: EnginePolicy | None, seed: int, *, hold: bool = False
+        self,
+        table: RequestTable,
+        engine_policy: EnginePolicy | None,
+        seed: int,
+        *,
+        hold: bool = False,
+        expert_policies: Sequence[ExpertPolicy] = (),
     ) -> LiveRun:
         """Begin an episode on the live engines; the one before it is cut off."""
         from servegym.envs.live.run import LiveRun
@@ -126,7 +132,15 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
         assert self.config.live is not None
         assert self._target is not None
         self.close()
-        return LiveRun(table, self._target, self.config.live, engine_policy, hold=hold, seed=seed)
+        return LiveRun(
+            table,
+            self._target,
+            self.config.live,
+            engine_policy,
+            hold=hold,
+            seed=seed,
+            expert_policies=expert_policies,
+        )
 
     def close(self) -> None:
         """End the episode."""

@@ -1,7 +1,9 @@
 """Stands for an environment's interpreter with vLLM: a tiny server with the paths that we use, and faults on demand.
 
 The environment variable FAKE_VLLM holds JSON: ``crash`` (end at once, after some words), ``broken`` (healthy, completes
-nothing), ``ttft_s``, ``itl_s``, ``fail_every`` (503 to each n-th streamed request), ``cut`` (streams break off).
+nothing), ``ttft_s``, ``itl_s``, ``fail_every`` (503 to each n-th streamed request), ``cut`` (streams break off),
+``immovable`` (experts cannot be moved), ``policy`` (the scheduler's). ``/seen`` tells the priorities of
+the requests so far.
 """
 
 from __future__ import annotations
@@ -17,10 +19,33 @@ from typing import Any
 
 OPTIONS: dict[str, Any] = json.loads(os.environ.get("FAKE_VLLM", "{}"))
 STREAMED = 0
+PRIORITIES: list[int] = []
+# Two layers of four experts on two ranks: the first expert of each layer gets most tokens.
+HELD = [[[0, 1], [0, 1]], [[2, 3], [2, 3]]]
+COUNTS = [[70, 20, 5, 5], [60, 30, 5, 5]]
 
 
 def _argument(name: str) -> str:
     return sys.argv[sys.argv.index(name) + 1]
+
+
+def _call(method: str, *arguments: str) -> list[dict[str, Any]]:
+    """What the two ranks answer to a call of our worker extension."""
+    if method == "servegym_start":
+        return [{"layers": 2, "experts": 4}] * 2
+    if method == "servegym_counts":
+        return [{"counts": COUNTS, "steps": 9}] * 2
+    if method == "servegym_placement":
+        return [{"held": rank} for rank in HELD]
+    if OPTIONS.get("immovable"):
+        return [{"error": "out of memory"}] * 2
+    layer, ranks = int(arguments[0]), json.loads(arguments[1])
+    moved = []
+    for rank, held in enumerate(HELD):
+        wanted = [expert for expert, place in enumerate(ranks) if place == rank]
+        moved.append({"moved": len(set(wanted) - set(held[layer]))})
+        held[layer] = wanted
+    return moved
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -32,13 +57,19 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             self._answer(200, {"data": [{"id": _argument("--served-model-name")}]})
+        elif self.path.startswith("/server_info") and "policy" in OPTIONS:
+            self._answer(200, {"vllm_config": {"scheduler_config": {"policy": OPTIONS["policy"]}}})
+        elif self.path == "/seen":
+            self._answer(200, PRIORITIES)
         else:
             self._answer(200, None)
 
     def do_POST(self) -> None:
         global STREAMED
         body = json.loads(self._body())
-        if OPTIONS.get("broken"):
+        if self.path == "/collective_rpc":
+            self._answer(200, {"results": _call(body["method"], *body["args"])})
+        elif OPTIONS.get("broken"):
             self._answer(500, {"error": "broken"})
         elif not body.get("stream"):
             time.sleep(OPTIONS.get("ttft_s", 0.0))
@@ -46,6 +77,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, {"choices": [{"text": "a"}], "headers": headers, "port": _argument("--port")})
         else:
             STREAMED += 1
+            PRIORITIES.append(body.get("priority", 0))
             if OPTIONS.get("fail_every") and STREAMED % OPTIONS["fail_every"] == 0:
                 self._answer(503, {"error": "busy"})
             else:

@@ -8,9 +8,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from servegym.baselines.policy_spec import PolicySpec
 from servegym.configuration import Config
 from servegym.engine_bridge.cluster.engine import served_models
 from servegym.engine_bridge.cluster.launcher import LiveCluster, find_cluster
+from servegym.engine_bridge.cluster.priorities import heeds_priorities
 from servegym.engine_bridge.router.table import EngineLimits
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.workloads.generation import LengthScale, generate
@@ -32,6 +34,28 @@ class Target:
     model: str
     cluster: LiveCluster | None = None
 
+    def require_priorities(self, order: PolicySpec) -> None:
+        """Make sure that the engines heed the priorities of requests.
+
+        Args:
+            order: request policy for engines that our scheduler runs in.
+
+        Raises:
+            InputError: an engine ignores them.
+        """
+        cluster = self.cluster
+        if cluster is not None and all(engine.shim for engine in cluster.engines):
+            cluster.await_request_policy(cluster.set_request_policy(order))
+            return
+        for url in self.urls:
+            if heeds_priorities(url, self.model) is False:
+                raise InputError(
+                    "live",
+                    "cluster",
+                    f"got {url}, which ignores priorities; allowed: engines with scheduling-policy: priority, or with a"
+                    " request_policy in their cluster file",
+                )
+
 
 class LiveOptions(Config):
     """Live engines as a target of requests."""
@@ -47,6 +71,9 @@ class LiveOptions(Config):
     limits: EngineLimits = Field(default=EngineLimits(), description="of the engines, for engine policies")
     telemetry_period_s: Annotated[float, Field(gt=0)] = Field(
         default=0.25, description="between two readings of an engine's metrics, for engine policies"
+    )
+    replacement_s: Annotated[float, Field(gt=0)] = Field(
+        default=5.0, description="between two opportunities to place experts anew"
     )
 
     def target(self) -> Target:

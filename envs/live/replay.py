@@ -139,14 +139,29 @@ class Replayer:
         async with aiohttp.ClientSession(connector=limits, timeout=timeout, read_bufsize=2**20) as session:
             self._session = session
             self._start_s = time.perf_counter()
-            watching = asyncio.create_task(self._dispatcher.watch(session, self._urls, self._start_s))
+            try:
+                await self._send_all(session, roots[np.argsort(self._table.arrival_s[roots], kind="stable")])
+            except BaseExceptionGroup as group:
+                error: BaseException = group
+                while isinstance(error, BaseExceptionGroup):
+                    error = error.exceptions[0]
+                raise error from None
+        return self._result()
+
+    async def _send_all(self, session: aiohttp.ClientSession, roots: npt.NDArray[np.int64]) -> None:
+        """Send the requests that begin conversations at their times, and wait for the ends of all."""
+        async with asyncio.TaskGroup() as beside:
+            watching = beside.create_task(self._dispatcher.watch(session, self._urls, self._start_s))
             async with asyncio.TaskGroup() as tasks:
-                for r in roots[np.argsort(self._table.arrival_s[roots], kind="stable")]:
+                for r in roots:
                     due = float(self._table.arrival_s[r])
                     await self._sleep_until(due)
                     tasks.create_task(self._conversation(int(r), due))
             watching.cancel()
-        return self._result()
+
+    def give_priority(self, r: int, priority: int) -> None:
+        """Send a request with another priority than the workload's; before it is sent."""
+        self._bodies[r][0]["priority"] = priority
 
     async def _conversation(self, r: int, due: float) -> None:
         """Send a request and, one after the other, the turns that follow it."""

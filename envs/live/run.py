@@ -6,13 +6,15 @@ While the agent thinks, time goes on: what a slow agent costs is in the result.
 from __future__ import annotations
 
 import queue
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from servegym.baselines.interface import EnginePolicy, FloatArray, QueueView
+from servegym.baselines.interface import EnginePolicy, ExpertPolicy, FloatArray, QueueView
 from servegym.envs.live.options import LiveOptions, Target
+from servegym.envs.live.placement import LivePlacement
 from servegym.envs.live.records import LiveMemory
 from servegym.envs.live.sender import Question, Sender
 from servegym.envs.workloads.table import RequestTable
@@ -40,12 +42,15 @@ class LiveRun:
         engine_policy: chooses engines; None if the caller dispatches.
         hold: keep requests back that find no free slot of ``limits.max_num_seqs``; the caller admits them.
         seed: of randomised policies.
+        expert_policies: of each engine, which place its experts anew every ``options.replacement_s``.
 
     Attributes:
         config: has the number of engines.
         table: the requests.
         target: the engines.
         memory: what is known.
+        expert_policies: of each engine; empty where experts stay.
+        placement: what they did; None where experts stay.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class LiveRun:
         *,
         hold: bool = False,
         seed: int = 0,
+        expert_policies: Sequence[ExpertPolicy] = (),
     ) -> None:
         self.table, self.target = table, target
         self.config = LiveSize(len(target.urls))
@@ -67,7 +73,11 @@ class LiveRun:
         reset = getattr(engine_policy, "reset", None)
         if reset is not None:
             reset(seed)
-        self._sender = Sender(table, target, options, self.memory, engine_policy, hold, seed)
+        self.expert_policies = expert_policies
+        self.placement: LivePlacement | None = None
+        if expert_policies:
+            self.placement = LivePlacement(target.urls, expert_policies, options.replacement_s)
+        self._sender = Sender(table, target, options, self.memory, engine_policy, hold, seed, self.placement)
 
     @property
     def decided_s(self) -> float:
@@ -163,8 +173,7 @@ class LiveRun:
     def _take(self, item: Question | BaseException | None) -> Question | None:
         if isinstance(item, BaseException):
             self._over = True
-            cause = item.exceptions[0] if isinstance(item, BaseExceptionGroup) else item
-            raise EngineError(f"the live episode failed: {cause}") from item
+            raise EngineError(f"the live episode failed: {item}") from item
         self._over = item is None
         return item
 

@@ -29,6 +29,7 @@ from servegym.engine_bridge.router.table import EngineTable
 from servegym.engine_bridge.router.telemetry import watch
 from servegym.envs.live.dispatch import block_hashes, request_view
 from servegym.envs.live.options import LiveOptions, Target
+from servegym.envs.live.placement import LivePlacement
 from servegym.envs.live.records import LiveMemory
 from servegym.envs.live.replay import Replayer
 from servegym.envs.workloads.table import RequestTable
@@ -69,6 +70,7 @@ class Sender:
         engine_policy: chooses engines; None: asks.
         hold: keep requests back that find no free slot, and ask which one goes next.
         seed: of randomised policies.
+        placement: moves experts meanwhile.
 
     Attributes:
         asked: the questions; an exception if sending has failed, None at the end.
@@ -86,6 +88,7 @@ class Sender:
         engine_policy: EnginePolicy | None,
         hold: bool,
         seed: int,
+        placement: LivePlacement | None = None,
     ) -> None:
         self.asked: queue.Queue[Question | BaseException | None] = queue.Queue()
         self.arrived = self.ended = 0
@@ -94,6 +97,7 @@ class Sender:
         self._policy = None if engine_policy is None else GuardedPolicy(engine_policy, _BUDGET_S)
         self._engines = EngineTable([options.limits] * len(target.urls))
         self._hold = hold
+        self._placement = placement
         self._sent = [0] * len(target.urls)
         self._waiting: dict[int, int] = {}
         self._answer: asyncio.Future[int] | None = None
@@ -160,6 +164,8 @@ class Sender:
                 self._policy.tell("on_dispatch", request, engine)
             self._engines.dispatched(request, engine, blocks)
         memory.requests["engine"][r] = engine
+        if memory.requests["priority"][r] != self._table.priority[r]:
+            self._replayer.give_priority(r, int(memory.requests["priority"][r]))
         self._waiting[r] = engine
         if self._hold:
             self.held[engine][r] = asyncio.Event()
@@ -194,10 +200,14 @@ class Sender:
         self._gone(r, engine)
 
     async def watch(self, session: aiohttp.ClientSession, urls: Sequence[str], start_s: float) -> None:
-        """Read the engines' telemetry."""
+        """Read the engines' telemetry, and place their experts."""
         self._start_s = start_s
         health, period = Health(self._engines), self._options.telemetry_period_s
-        await watch(session, urls, self._engines, health, period_s=period, clock=lambda: self.now_s)
+        telemetry = watch(session, urls, self._engines, health, period_s=period, clock=lambda: self.now_s)
+        if self._placement is None:
+            await telemetry
+        else:
+            await asyncio.gather(telemetry, self._placement.run())
 
     def _gone(self, r: int, engine: int) -> None:
         self.ended += 1

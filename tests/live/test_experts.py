@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from servegym.baselines.interface import Placement
+from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
 from servegym.engine_bridge.cluster.checkpoint import EXPERTS, LAYERS, TOP_K
 from servegym.engine_bridge.cluster.config import ClusterFile
@@ -19,6 +20,7 @@ from servegym.engine_bridge.cluster.launcher import LiveCluster, running_cluster
 from servegym.engine_bridge.experts import LiveExperts
 from servegym.engine_bridge.vllm_plugin.plugin import CPU_EXPERTS_VARIABLE
 from servegym.envs.live.replay import ReplayConfig, replay
+from servegym.envs.multi_layer import MultiLayerEnv
 from servegym.envs.simulator.experts.routing.recorded import load_routing
 from servegym.envs.workloads.table import RequestTable
 from servegym.errors import EngineError, InputError
@@ -33,6 +35,7 @@ def two_ranks(local_cluster: ClusterFile, tmp_path_factory: pytest.TempPathFacto
     changes: dict[str, Any] = {
         "engines": 1,
         "experts": True,
+        "request_policy": PolicySpec(name="priority"),
         "arguments": local_cluster.arguments | {"tensor-parallel-size": 2, "enable-expert-parallel": True},
         # Two workers need processes of their own, whatever one engine on one rank prefers.
         "environment": {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", CPU_EXPERTS_VARIABLE: "1"},
@@ -88,13 +91,13 @@ def test_counts_and_traces_are_those_of_the_tokens(two_ranks: LiveCluster, tmp_p
 def test_a_placement_is_applied_and_changes_answers_by_rounding_only(two_ranks: LiveCluster) -> None:
     experts = LiveExperts(two_ranks.engines[0].url)
     experts.start()
-    (texts, first), at_first = answers(two_ranks), experts.placement(2)
+    (texts, first), at_first = answers(two_ranks), experts.placement()
     load = experts.load()
     wanted = create("expert", "eplb").place(load, at_first)
     assert wanted is not None
     moved = experts.place(wanted)
     assert sum(moved) > 0
-    now = experts.placement(2)
+    now = experts.placement()
     for layer in range(LAYERS):
         for rank in range(2):
             slots = slice(rank * EXPERTS // 2, (rank + 1) * EXPERTS // 2)
@@ -109,6 +112,32 @@ def test_a_placement_is_applied_and_changes_answers_by_rounding_only(two_ranks: 
     assert answers(two_ranks)[0] == texts
     with pytest.raises(InputError, match="has replicas; allowed: each expert once"):
         experts.place(Placement(np.zeros((LAYERS, EXPERTS), dtype=np.int64), 2))
+
+
+def test_an_agent_decides_all_three_layers(two_ranks: LiveCluster) -> None:
+    """Every request with a priority of its own, and experts that move while tokens flow."""
+    live = {"cluster": str(two_ranks.folder), "output_scale": 0.1, "prompt_scale": 0.3, "replacement_s": 0.5}
+    env = MultiLayerEnv(
+        {
+            "backend": "live",
+            "live": live,
+            "workload": {"name": "azure-conv", "rate_rps": 15},
+            "episode_requests": 60,
+            "menu": ["eplb"],
+        }
+    )
+    observation, _ = env.reset(seed=0)
+    over, step = False, 0
+    while not over:
+        assert env.observation_space.contains(observation)
+        observation, _, over, _, info = env.step([0, step % 3, 1])
+        step += 1
+    assert step == 60
+    assert info["metrics"]["requests"] == 60
+    assert info["metrics"]["replacements"] >= 1
+    assert info["metrics"]["experts_moved"] >= 1
+    assert np.count_nonzero(observation["candidates"]) > 0
+    env.close()
 
 
 def test_an_engine_without_the_extension_says_so(one_engine: LiveCluster) -> None:

@@ -22,7 +22,7 @@ from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
 from servegym.engine_bridge.cluster.config import ClusterFile
 from servegym.engine_bridge.cluster.launcher import LiveCluster, running_cluster
-from servegym.engine_bridge.gateway.scheduling import heeds_priorities
+from servegym.engine_bridge.cluster.priorities import heeds_priorities
 from servegym.engine_bridge.gateway.static_key import StaticKey
 from servegym.envs.live.replay import ReplayConfig, replay
 from servegym.envs.workloads.table import RequestTable

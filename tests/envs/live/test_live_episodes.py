@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,15 @@ from servegym.baselines.features import ENGINE_FEATURES
 from servegym.engine_bridge.cluster.config import ClusterFile
 from servegym.engine_bridge.cluster.engine import stop_groups
 from servegym.engine_bridge.cluster.launcher import LiveCluster, running_cluster
+from servegym.engine_bridge.experts import LiveExperts
 from servegym.envs.engine_dispatch import EngineDispatchEnv
+from servegym.envs.multi_layer import MultiLayerEnv
 from servegym.envs.request_ordering import RequestOrderingEnv
 from servegym.envs.request_tuning import RequestTuningEnv
 from servegym.errors import EngineError, InputError
 
 Make = Callable[..., ClusterFile]
+TWO_ENGINES = {"engines": 2, "profile": "qwen3-30b-a3b-h200-ep4", "mode": "lockstep", "experts": {}}
 
 
 @pytest.fixture
@@ -178,3 +184,46 @@ def test_what_cannot_be_is_said(cluster: LiveCluster) -> None:
     env = RequestTuningEnv(config(cluster, live={"urls": [engine.url for engine in cluster.engines]}))
     with pytest.raises(InputError, match=r"live\.cluster"):
         env.reset()
+
+
+def test_all_three_layers(fake_cluster: Make, tmp_path: Path) -> None:
+    """Engine, priority and placement reach the engines, and the episode says what was moved."""
+    options = {"ttft_s": 0.02, "itl_s": 0.002, "policy": "priority"}
+    with running_cluster(fake_cluster(options), tmp_path) as cluster:
+        settings = config(cluster, menu=["eplb"], priorities=4)
+        settings["live"] |= {"replacement_s": 0.2}
+        env = MultiLayerEnv(settings)
+        simulated = MultiLayerEnv({"cluster": TWO_ENGINES, "menu": ["eplb"], "priorities": 4})
+        assert env.observation_space == simulated.observation_space
+        step = itertools.count()
+        _, infos, steps = play(env, lambda observation, info: [next(step) % 2, 3, 1])
+        assert steps == 40
+        metrics = infos[-1]["metrics"]
+        # The two hottest experts of a layer end on different ranks: one replacement per engine, then nothing to gain.
+        assert metrics["replacements"] == 2
+        assert metrics["experts_moved"] > 0
+        for engine in cluster.engines:
+            placement = LiveExperts(engine.url).placement()
+            ranks = [set(layer.tolist()) for layer in np.split(placement.physical_to_logical, 2, axis=1)[0]]
+            assert all(len(rank & {0, 1}) == 1 for rank in ranks)
+            with urllib.request.urlopen(f"{engine.url}/seen") as response:
+                assert set(json.load(response)) == {3}
+        env.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "menu", "message"),
+    [
+        ({}, ["eplb", "source_aware"], "menu.1: got source_aware, which needs counts by source rank"),
+        ({"immovable": True}, ["eplb"], "servegym_place: out of memory"),
+        ({"policy": "fcfs"}, ["eplb"], "live: cluster: got http.*, which ignores priorities; allowed: engines with"),
+    ],
+)
+def test_what_live_experts_cannot_do(
+    fake_cluster: Make, tmp_path: Path, options: dict[str, Any], menu: list[str], message: str
+) -> None:
+    with running_cluster(fake_cluster({"policy": "priority"} | options), tmp_path) as cluster:
+        settings = config(cluster, menu=menu)
+        settings["live"] |= {"replacement_s": 0.1}
+        with pytest.raises((InputError, EngineError), match=message):
+            play(MultiLayerEnv(settings), lambda observation, info: [0, 0, 1])
