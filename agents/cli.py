@@ -14,6 +14,7 @@ from rich.console import Console
 
 from servegym.agents.cluster_cli import cluster_app
 from servegym.agents.deploy_cli import deploy_app
+from servegym.agents.finetune_cli import finetune_command
 from servegym.agents.replay_cli import replay_command
 from servegym.errors import EngineError, InputError
 
@@ -306,5 +307,6 @@ def _with_bar(title: str, quiet: bool, run: Callable[[Callable[[float], None] | 
 
 
 app.command("replay")(replay_command)
+app.command("finetune")(finetune_command)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(deploy_app, name="deploy")

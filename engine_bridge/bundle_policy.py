@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,11 @@ class BundlePolicy:
         self.manifest = manifest
         self.folder = folder
         self._scorer = scorer
+
+    @property
+    def weights(self) -> Mapping[str, Float32Array]:
+        """The network's weights by name, as torch stores them."""
+        return self._scorer.weights
 
     def logits(self, context: FloatArray, items: FloatArray) -> Float32Array:
         """Return the logits of candidates, shape (candidates,).

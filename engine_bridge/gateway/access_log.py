@@ -57,7 +57,10 @@ def read_outcome(entry: Any) -> Outcome:
     """Return a request's end."""
     common = entry.common_properties
     flags = common.response_flags
+    usage = common.metadata.filter_metadata[METADATA].fields if METADATA in common.metadata.filter_metadata else {}
     left = flags.downstream_connection_termination or flags.downstream_remote_reset
+    if left and "completion_tokens" in usage:
+        left = False  # usage is the last that an engine says; many clients hang up once they have it
     cut = (
         flags.upstream_remote_reset
         or flags.upstream_connection_termination
@@ -68,7 +71,6 @@ def read_outcome(entry: Any) -> Outcome:
         or flags.no_healthy_upstream
     )
     status = entry.response.response_code.value
-    usage = common.metadata.filter_metadata[METADATA].fields if METADATA in common.metadata.filter_metadata else {}
 
     def count(name: str) -> int | None:
         return int(usage[name].number_value) if name in usage else None

@@ -267,7 +267,7 @@ class Gateway:
     ) -> DecisionRecord:
         observation = None
         if self._config.log_observations:
-            observation = {"request": view.row().tolist(), "engines": engines.data.tolist()}
+            observation = {"request": _finite(view.row()), "engines": [_finite(row) for row in engines.data]}
         return DecisionRecord(
             request_id=request.request_id,
             arrival_s=view.arrival_s,
@@ -326,3 +326,8 @@ def _ranked(scores: FloatArray, available: FloatArray) -> tuple[int, ...]:
 def _prefix_key(blocks: Sequence[bytes]) -> int:
     """Return a number from 1 to 2^52 that prompts of the same beginning share."""
     return int.from_bytes(blocks[min(len(blocks), 4) - 1], "big") % 2**52 + 1
+
+
+def _finite(row: FloatArray) -> list[float | None]:
+    """Return a row as JSON has numbers."""
+    return [value if math.isfinite(value) else None for value in row.tolist()]

@@ -67,14 +67,19 @@ async def complete(
 
 
 async def _read(response: aiohttp.ClientResponse, result: Completion, on_first: Callable[[float], None]) -> bool:
-    """Read server-sent events; True if the stream came to its proper end."""
+    """Read server-sent events up to the connection's word; True if the stream came to its proper end.
+
+    Who leaves after ``[DONE]`` cuts the last chunk off, and looks to a proxy like a client that gave up.
+    """
+    done = False
     async for line in response.content:
         if not line.startswith(b"data:"):
             continue
         now = time.perf_counter()
         payload = line[5:].strip()
         if payload == b"[DONE]":
-            return True
+            done = True
+            continue
         event = json.loads(payload)
         if "error" in event:
             result.error = str(event["error"])[:200]
@@ -88,4 +93,4 @@ async def _read(response: aiohttp.ClientResponse, result: Completion, on_first: 
         if usage:
             result.output_tokens = int(usage.get("completion_tokens", 0))
             result.hit_tokens = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-    return False
+    return done
