@@ -165,7 +165,7 @@ def finetune(
 
 
 def greedy(actor: Actor, transitions: Transitions) -> FloatArray:
-    """Return how often a network chooses each engine, shape (decisions, engines): the likeliest; equal ones take turns."""
+    """Return how often a network chooses each engine, shape (decisions, engines); equal ones take turns."""
     with torch.no_grad():
         logits = actor(*_tensors(transitions)).numpy().astype(np.float64)
     best = logits >= logits.max(axis=1, keepdims=True) - _EQUAL

@@ -159,7 +159,7 @@ def test_the_subset_hint_is_heeded(listed: bool) -> None:
     assert core.requests[0].subset == ("10.0.0.2:80", "10.0.0.3:80")
 
 
-def _entry(first: str, **flags: bool) -> Any:
+def _entry(first: str, tokens: int | None = 9, **flags: bool) -> Any:
     message = protos.StreamAccessLogsMessage()
     entry = message.http_logs.log_entry.add()
     entry.request.request_id = "r1"
@@ -172,7 +172,8 @@ def _entry(first: str, **flags: bool) -> Any:
     common.upstream_request_attempt_count = 2
     for name in flags:
         setattr(common.response_flags, name, True)
-    common.metadata.filter_metadata["servegym"].fields["completion_tokens"].number_value = 9
+    if tokens is not None:
+        common.metadata.filter_metadata["servegym"].fields["completion_tokens"].number_value = tokens
     return entry
 
 
@@ -180,8 +181,11 @@ def test_outcomes_are_read_from_the_access_log() -> None:
     assert read_outcome(_entry("36000")) == Outcome(
         "r1", "10.0.0.1:80", 200, True, False, 2, ttft_s=0.036, total_s=1.5, prompt_tokens=None, output_tokens=9
     )
-    left = read_outcome(_entry("-", downstream_connection_termination=True))
+    left = read_outcome(_entry("-", tokens=None, downstream_connection_termination=True))
     assert (left.complete, left.client_left, left.ttft_s) == (False, True, None)
+    # Usage is the last that an engine says: who hangs up then has it all.
+    whole = read_outcome(_entry("5", downstream_connection_termination=True))
+    assert (whole.complete, whole.client_left, whole.output_tokens) == (True, False, 9)
     cut = read_outcome(_entry("5", upstream_connection_termination=True))
     assert (cut.complete, cut.client_left) == (False, False)
     assert read_progress(_entry("-")) is None
