@@ -74,6 +74,12 @@ class LivePolicy:
         elif self.failures != self._reported_failures:
             self._report()
 
+    @property
+    def served_weights(self) -> tuple[float, float] | None:
+        """Weights of prompt and output tokens in the counters that the policy reads; None if it reads none."""
+        weights: tuple[float, float] | None = getattr(self._policy, "served_weights", None)
+        return weights
+
     def scores(self, queue: QueueView) -> FloatArray | None:
         """Return the scores of a queue, shape (waiting,), lowest first; None for the order of arrival."""
         if self._policy is None:
@@ -81,10 +87,10 @@ class LivePolicy:
         try:
             scores = np.asarray(self._policy.score(queue), dtype=np.float64)
         except Exception as error:
-            self._failed(f"{type(error).__name__}: {error}")
+            self.failed(f"{type(error).__name__}: {error}")
             return None
         if scores.shape != (len(queue),) or np.isnan(scores).any():
-            self._failed(f"scores of shape {scores.shape}, {int(np.isnan(scores).sum())} not a number")
+            self.failed(f"scores of shape {scores.shape}, {int(np.isnan(scores).sum())} not a number")
             return None
         return scores
 
@@ -120,7 +126,8 @@ class LivePolicy:
             _logger.info("servegym: waiting queue ordered by %s", loaded.spec)
         self._report()
 
-    def _failed(self, reason: str) -> None:
+    def failed(self, reason: str) -> None:
+        """Count a failure, after which the queue keeps its order of arrival for a step."""
         if self.failures == 0:
             _logger.warning("servegym: order of arrival for a step: %s", reason)
         self.failures += 1

@@ -34,6 +34,7 @@ from servegym.baselines.interface import (
     FloatArray,
     QueueView,
 )
+from servegym.engine_bridge.vllm_plugin.served import ServedCounters
 
 Scores = Callable[[QueueView], FloatArray | None]
 
@@ -51,8 +52,25 @@ class PolicyQueue:
         self._rows = np.empty((64, QUEUE_COLUMNS))
         self._new: deque[Any] = deque()
         self._count = 0
+        self._served: ServedCounters | None = None
 
     # ------------------------------------------------------------------------------------------------ ordering
+    def count_served(self, weights: tuple[float, float] | None, running: Iterable[Any]) -> None:
+        """Keep counters of what users have been served, for a policy with such weights; call it around each step.
+
+        Args:
+            weights: per prompt and per output token; None: the policy needs none.
+            running: requests of the running batch.
+        """
+        if weights is None:
+            self._served = None
+            return
+        if self._served is None or self._served.weights != weights:
+            self._served = ServedCounters(weights, lambda request: float(request_row(request, 0)[Q_USER]))
+            for request in (*self._ordered, *self._new):
+                self._served.wait(request)
+        self._served.update(running)
+
     def reorder(self, scores: Scores, context: dict[str, Any]) -> None:
         """Order what waits, by scores; without scores, by arrival.
 
@@ -72,6 +90,8 @@ class PolicyQueue:
             return
         rows = self._rows[:count]
         rows[:, Q_WAIT_S] = np.maximum(context["now_s"] - rows[:, Q_ARRIVAL_S], 0.0)
+        if self._served is not None:
+            self._served.fill(rows)
         found = scores(QueueView(data=rows.copy(), **context))
         arrival = rows[:, Q_INDEX]
         order = np.lexsort((arrival, np.zeros(count) if found is None else found))[::-1]
@@ -82,6 +102,8 @@ class PolicyQueue:
     def add_request(self, request: Any) -> None:
         """Add a new request at the end."""
         self._new.append(request)
+        if self._served is not None:
+            self._served.wait(request)
 
     def peek_request(self) -> Any:
         """Return the head.
@@ -117,6 +139,10 @@ class PolicyQueue:
 
     def remove_requests(self, requests: Iterable[Any]) -> None:
         """Take requests out, wherever they stand."""
+        requests = list(requests)
+        if self._served is not None:
+            for request in requests:
+                self._served.gone(request)
         gone = {id(request) for request in requests}
         self._front = deque(request for request in self._front if id(request) not in gone)
         self._new = deque(request for request in self._new if id(request) not in gone)

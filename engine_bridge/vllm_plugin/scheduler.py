@@ -56,12 +56,22 @@ class _PolicyScheduler:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Order the queue, then let vLLM schedule the step."""
-        queue = self._servegym_queue
-        if queue is not None:
-            self._servegym_policy.refresh()
-            if len(queue) > 1:
-                queue.reorder(self._servegym_policy.scores, self._servegym_context())
-        return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        queue, policy = self._servegym_queue, self._servegym_policy
+        if queue is None:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        policy.refresh()
+        self._servegym_count(queue)
+        if len(queue) > 1:
+            queue.reorder(policy.scores, self._servegym_context())
+        result = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._servegym_count(queue)
+        return result
+
+    def _servegym_count(self, queue: PolicyQueue) -> None:
+        try:
+            queue.count_served(self._servegym_policy.served_weights, self.running)  # type: ignore[attr-defined]
+        except Exception as error:
+            self._servegym_policy.failed(f"{type(error).__name__}: {error}")
 
     def _servegym_context(self) -> dict[str, Any]:
         manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]

@@ -94,6 +94,23 @@ def test_a_policy_that_fails_costs_nobody_an_answer(one_engine: LiveCluster, tmp
     assert state["failures"] > 0
 
 
+def test_a_greedy_user_does_not_starve_a_modest_one(one_engine: LiveCluster) -> None:
+    """VTC inside the engine, by counters of what each user was served there."""
+    users = np.array([1] * 40 + [2] * 5)
+    arrival = np.r_[np.arange(40) * 1e-3, 0.1 + np.arange(5) * 1e-3]
+    table = RequestTable.build(arrival, np.full(45, 400), np.full(45, 16), user=users)
+    modest = {}
+    for policy in ("fcfs", "vtc"):
+        use(one_engine, policy)
+        result = replay(table, (one_engine.engines[0].url,), one_engine.model, CONFIG)
+        assert not result.errors
+        modest[policy] = float(result.outcome.ttft_s[40:].mean())
+    assert modest["vtc"] < 0.5 * modest["fcfs"]
+    state = one_engine.engines[0].shim_state()
+    assert state is not None
+    assert state["failures"] == 0
+
+
 def test_the_order_changes_no_answer(one_engine: LiveCluster) -> None:
     prompts = [f"prompt number {i} " * (1 + i) for i in range(4)]
     answers = []
