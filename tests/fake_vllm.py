@@ -135,6 +135,8 @@ if __name__ == "__main__":
         sys.exit(3)
     # A child of its own, as vLLM has, which ends only if somebody ends it.
     child = subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(2, signal.SIG_IGN); signal.pause()"])
+    # Clients come by the hundred; those that find the backlog full would be taken for a failed engine.
+    ThreadingHTTPServer.request_queue_size = 512
     server = ThreadingHTTPServer(("127.0.0.1", int(_argument("--port"))), Handler)
     server.daemon_threads = True
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
