@@ -102,20 +102,13 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
     ) -> tuple[ClusterConfig, RequestTable, int]:
         """Seed the environment and draw the cluster, the requests and the run's seed of the next episode."""
         super().reset(seed=seed)
-        config, rng = self.config, self.np_random
-        run_seed = int(rng.integers(2**31))
-        cluster = config.randomise.draw(config.cluster, rng)
-        scale = config.randomise.draw_lengths(rng)
         load = (options or {}).get("load")
-        if load is None and config.load is not None:
-            load = draw(config.load, rng)
-        count = config.episode_requests
-        if config.random_end:
-            count = int(rng.geometric(1.0 / count))
-        if config.live is not None:
-            return cluster, config.live.table(config.workload, run_seed, count), run_seed
-        table = self._source.table(run_seed, load=load, requests=count, cluster=cluster, scale=scale)
-        return cluster, table, run_seed
+        if self.config.live is None:
+            return draw_episode(self.config, self._source, self.np_random, load)
+        run_seed, count = int(self.np_random.integers(2**31)), self.config.episode_requests
+        if self.config.random_end:
+            count = int(self.np_random.geometric(1.0 / count))
+        return self.config.cluster, self.config.live.table(self.config.workload, run_seed, count), run_seed
 
     def _live_run(
         self,
@@ -178,6 +171,28 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
     def render(self) -> str | npt.NDArray[np.uint8] | None:
         """Return queues, KV use and expert heat per engine: text, or a picture of shape (540, 960, 3)."""
         return render(self._run if isinstance(self._run, SimulatedCluster) else None, self.render_mode)
+
+
+def draw_episode(
+    config: EpisodeConfig, source: RequestSource, rng: np.random.Generator, load: float | None = None
+) -> tuple[ClusterConfig, RequestTable, int]:
+    """Draw the cluster, the requests and the run's seed of an episode of the simulator.
+
+    Args:
+        config: what may differ between episodes.
+        source: of the requests.
+        rng: of the draws.
+        load: of the episode; None: as the config says.
+    """
+    run_seed = int(rng.integers(2**31))
+    cluster = config.randomise.draw(config.cluster, rng)
+    scale = config.randomise.draw_lengths(rng)
+    if load is None and config.load is not None:
+        load = draw(config.load, rng)
+    count = config.episode_requests
+    if config.random_end:
+        count = int(rng.geometric(1.0 / count))
+    return cluster, source.table(run_seed, load=load, requests=count, cluster=cluster, scale=scale), run_seed
 
 
 def feature_box(features: Sequence[Feature], rows: int | None = None) -> spaces.Box:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import gymnasium as gym
@@ -17,14 +15,12 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from servegym.agents.networks import Actor
 from servegym.agents.runs import RunFolder
 from servegym.agents.training import checkpoint
+from servegym.agents.training.best import BestPolicy
 from servegym.agents.training.config import TrainConfig
 from servegym.agents.training.episodes import EpisodeVecEnv, Observation
-from servegym.agents.training.export import actor_weights, torch_logits
+from servegym.agents.training.export import actor_weights
 from servegym.agents.training.progress import TrainingProgress
-from servegym.agents.training.validation import objective, run_episode, summarise
-from servegym.agents.versions import package_versions
-from servegym.engine_bridge.bundle_writer import write_bundle
-from servegym.engine_bridge.manifest import Provenance
+from servegym.agents.training.validation import run_episode, summarise
 from servegym.engine_bridge.set_scorer import SetScorer
 
 
@@ -42,8 +38,7 @@ class TrainingCallback(BaseCallback):
 
     Attributes:
         state: the run after the last update, ready to be written as a checkpoint.
-        best_objective: lowest objective so far.
-        last_evaluation: means of the newest evaluation.
+        best: keeps the bundles.
     """
 
     def __init__(
@@ -58,8 +53,7 @@ class TrainingCallback(BaseCallback):
     ) -> None:
         super().__init__()
         self.state: dict[str, Any] | None = None
-        self.best_objective = best_objective
-        self.last_evaluation: dict[str, float] = {}
+        self.best = BestPolicy(config, run, best_objective)
         self._config, self._run, self._envs, self._progress = config, run, envs, progress
         self._validation_env = validation_env
         self._resumed_at = resumed_at
@@ -76,7 +70,7 @@ class TrainingCallback(BaseCallback):
         fresh = self.num_timesteps != self._resumed_at  # a checkpoint comes after all else that belongs to its step
         if fresh and self._passed(self._config.evaluation.every_steps):
             self._evaluate()
-        self.state = checkpoint.capture(self.model, self._envs, self.best_objective)
+        self.state = checkpoint.capture(self.model, self._envs, self.best.best_objective)
         if fresh and self._passed(self._config.checkpoint_every_steps):
             self.save()
         self._rollout_began = time.perf_counter()
@@ -85,7 +79,7 @@ class TrainingCallback(BaseCallback):
         if self.num_timesteps == self._resumed_at:
             return
         self._evaluate()
-        self.state = checkpoint.capture(self.model, self._envs, self.best_objective)
+        self.state = checkpoint.capture(self.model, self._envs, self.best.best_objective)
         self.save()
         self.logger.dump(self.num_timesteps)
 
@@ -110,32 +104,11 @@ class TrainingCallback(BaseCallback):
         scorer = SetScorer(actor_weights(self.actor))
         seeds = range(settings.first_seed, settings.first_seed + settings.episodes)
         decisions = self.actor.decisions
-        means = summarise([run_episode(scorer, decisions, self._validation_env, seed) for seed in seeds])
-        means["objective"] = objective(means, settings.objective)
-        self.last_evaluation = means
-        best = means["objective"] < self.best_objective
-        if not math.isfinite(means["objective"]):
-            raise FloatingPointError(f"evaluation at step {self.num_timesteps} is not finite: {means}")
-        self._run.add_evaluation({"steps": self.num_timesteps, "best": best, **means})
-        self._write_bundle(self._run.policy_last, means)
-        if best:
-            self.best_objective = means["objective"]
-            self._write_bundle(self._run.policy, means)
+        episodes = [run_episode(scorer, decisions, self._validation_env, seed) for seed in seeds]
+        means = self.best.evaluated(self.actor, self.num_timesteps, episodes)
         for name, value in means.items():
             self.logger.record(f"evaluation/{name}", value)
         self._last_ratio = means.get("ttft_s_ratio", self._last_ratio)
-
-    def _write_bundle(self, folder: Path, means: dict[str, float]) -> None:
-        training = Provenance(
-            run=self._config.name,
-            config_sha256=self._config.sha256(),
-            seed=self._config.seed,
-            steps=self.num_timesteps,
-            environment=f"servegym/{self._config.environment}",
-            evaluation=means,
-        )
-        actor = self.actor
-        write_bundle(folder, actor.decisions, actor_weights(actor), torch_logits(actor), training, package_versions())
 
     def _on_rollout_end(self) -> None:
         buffer = cast(OnPolicyAlgorithm, self.model).rollout_buffer

@@ -59,6 +59,19 @@ class AlgorithmConfig(Config):
         return size
 
 
+class EvolutionConfig(Config):
+    """CMA-ES over the weights of the network, on whole episodes."""
+
+    tune: Literal["linear", "network"] = Field(
+        default="linear", description="linear: the weights of the features alone, without hidden layers"
+    )
+    episodes: Count = Field(default=8, description="of a generation, the same ones for all candidates")
+    population: Annotated[int, Field(ge=4)] | None = Field(
+        default=None, description="candidates of a generation; default: 4 + 3 ln(weights)"
+    )
+    sigma: Positive = Field(default=0.5, description="first standard deviation of the weights")
+
+
 class NetworkConfig(Config):
     """The set network of :mod:`servegym.agents.networks`."""
 
@@ -99,6 +112,7 @@ class TrainConfig(Config):
         default=1, description="more rarely helps networks this small, and hurts on shared cores"
     )
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    evolution: EvolutionConfig | None = Field(default=None, description="CMA-ES, in place of `algorithm`")
     network: NetworkConfig = NetworkConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     environment: TaskName = Field(default="EngineDispatch-v0", description="what is trained")
@@ -117,6 +131,8 @@ class TrainConfig(Config):
         known = PRIORS[self.task.decisions.layer]
         if self.network.prior not in known:
             raise ValueError(f"a network.prior for {self.environment}, not {self.network.prior}: {', '.join(known)}")
+        if self.evolution is not None and self.env.backend == "live":
+            raise ValueError("evolution in the simulator")
         self.validation_env()
         return self
 

@@ -85,6 +85,8 @@ def train(
             return result
     elif config is None:
         raise InputError("train", "config", "missing; needed unless a run is resumed")
+    if config.evolution is not None:
+        return _search(config, run if resume is not None else None, out, progress)
     make_env = make_env or config.task.make
     # Both environments are made before the folder, so that a mistake in their configs leaves nothing behind.
     envs = EpisodeVecEnv(partial(make_env, config.env), config.algorithm.n_envs, config.seed)
@@ -100,6 +102,16 @@ def train(
         torch.set_num_threads(threads)
         envs.close()
         validation_env.close()
+
+
+def _search(config: TrainConfig, resumed: RunFolder | None, out: str | Path | None, show: bool) -> TrainResult:
+    from servegym.agents.training.search import Search
+
+    # Made before the folder, so that a mistake in the config leaves nothing behind.
+    search = Search(config)
+    run = resumed or RunFolder.create(config.name, out, config.model_dump(mode="json"))
+    search.run(run, resumed is not None, show)
+    return _result(run)
 
 
 def _run(
@@ -137,8 +149,8 @@ def _run(
             raise
     outcome = {
         "steps": model.num_timesteps,
-        "best_objective": callback.best_objective,
-        "evaluation": callback.last_evaluation,
+        "best_objective": callback.best.best_objective,
+        "evaluation": callback.best.last_evaluation,
     }
     write_json(run.done, outcome)
     return _result(run)

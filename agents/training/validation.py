@@ -16,7 +16,7 @@ from servegym.engine_bridge.set_scorer import SetScorer
 from servegym.errors import InputError
 
 # The metrics that are logged, where the environment has them.
-METRICS = ("ttft_s", "tpot_s", "e2e_s", "throughput_rps")
+METRICS = ("ttft_s", "ttft_p99_s", "tpot_s", "e2e_s", "throughput_rps")
 
 
 def run_episode(scorer: SetScorer, decisions: Decisions, env: gym.Env[Any, Any], seed: int) -> FinishedEpisode:
