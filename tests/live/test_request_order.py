@@ -99,16 +99,15 @@ def test_a_greedy_user_does_not_starve_a_modest_one(one_engine: LiveCluster) -> 
     users = np.array([1] * 40 + [2] * 5)
     arrival = np.r_[np.arange(40) * 1e-3, 0.1 + np.arange(5) * 1e-3]
     table = RequestTable.build(arrival, np.full(45, 400), np.full(45, 16), user=users)
-    modest = {}
+    modest, failures = {}, []
     for policy in ("fcfs", "vtc"):
         use(one_engine, policy)
+        failures.append(one_engine.engines[0].shim_state()["failures"])  # type: ignore[index]
         result = replay(table, (one_engine.engines[0].url,), one_engine.model, CONFIG)
         assert not result.errors
         modest[policy] = float(result.outcome.ttft_s[40:].mean())
     assert modest["vtc"] < 0.5 * modest["fcfs"]
-    state = one_engine.engines[0].shim_state()
-    assert state is not None
-    assert state["failures"] == 0
+    assert one_engine.engines[0].shim_state()["failures"] == failures[0]  # type: ignore[index]
 
 
 def test_the_order_changes_no_answer(one_engine: LiveCluster) -> None:
