@@ -211,8 +211,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--policy",
-            metavar="LABEL=NAME",
-            help="Add an engine policy under a label: a bundle or run folder, a registered name, file.py:Class.",
+            metavar="LABEL=[LAYER=]NAME",
+            help="Add a policy under a label: a bundle or run folder, a registered name, file.py:Class. Layer: engine.",
         ),
     ] = None,
     cluster: Annotated[
@@ -283,15 +283,18 @@ def _policy_overrides(options: list[str] | None, prefix: str) -> list[str]:
 
 
 def _label_overrides(options: list[str] | None) -> list[str]:
-    """Turn ``--policy learned=runs/x`` into an entry of an evaluation's policies."""
-    from servegym.baselines.registry import PolicySpec
+    """Turn ``--policy learned=runs/x``, or ``learned=request=runs/x``, into an entry of an evaluation's policies."""
+    from servegym.baselines.policy_spec import LAYERS, PolicySpec
 
     found = []
     for option in options or []:
         label, equals, text = option.partition("=")
         if not equals or not label.strip() or "." in label:
             raise InputError("--policy", option, "allowed: LABEL=NAME, such as learned=runs/dispatch_ppo/latest")
-        found.append(f'policies.{label.strip()}={{"engine": {PolicySpec.parse(text).model_dump_json()}}}')
+        layer, equals, name = text.partition("=")
+        if not equals or layer not in LAYERS:
+            layer, name = "engine", text
+        found.append(f'policies.{label.strip()}={{"{layer}": {PolicySpec.parse(name).model_dump_json()}}}')
     return found
 
 

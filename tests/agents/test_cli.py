@@ -214,6 +214,9 @@ def test_wrong_usage_is_one_line_too(folder: Path) -> None:
     _refused(servegym("frobnicate"), "frobnicate")
     _refused(servegym("train"), "a config, or --resume")
     _refused(servegym("evaluate", folder / "evaluate.yaml", "--policy", "lmetric"), "LABEL=NAME")
+    _refused(
+        servegym("evaluate", folder / "evaluate.yaml", "--policy", "mine=request=lmetrik"), "policy request=lmetrik"
+    )
     _refused(servegym("evaluate", folder / "evaluate.yaml", "--set", "baseline=rrr"), "did you mean rr?")
     _refused(servegym("schedule-trace", folder / "trace.csv"), "not valid JSON")
 
