@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 
 # What comes with an extra.
-_EXTRAS = dict.fromkeys(("torch", "stable_baselines3", "sb3_contrib", "tensorboard", "pyarrow"), "train")
+_EXTRAS = dict.fromkeys(("torch", "stable_baselines3", "sb3_contrib", "tensorboard", "pyarrow", "cmaes"), "train")
 _EXTRAS |= dict.fromkeys(("aiohttp", "grpc", "google", "prometheus_client"), "live") | {"matplotlib": "plot"}
 
 # Click's class, which newer versions of Typer carry inside and older ones import.
