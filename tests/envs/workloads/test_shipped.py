@@ -25,6 +25,7 @@ def draw(name: str, **options: Any) -> RequestTable:
 def test_names() -> None:
     expected = {
         "azure-conv",
+        "azure-conv-predicted",
         "azure-code",
         "reasoning",
         "mooncake-conversation",
@@ -35,6 +36,19 @@ def test_names() -> None:
     expected |= {f"servegen-m-{size}" for size in ("large", "mid", "small")}
     expected |= {f"burstgpt-{shape}" for shape in ("random", "central", "descending", "two-end", "average")}
     assert set(NAMES) == expected
+
+
+def test_predictions_change_nothing_else() -> None:
+    plain, predicted = (
+        generate(load_workload(name), rate_rps=5.0, requests=5000, seed=1)
+        for name in ("azure-conv", "azure-conv-predicted")
+    )
+    assert np.isnan(plain.predicted_tokens).all()
+    for column in ("arrival_s", "prompt_tokens", "output_tokens"):
+        np.testing.assert_array_equal(getattr(plain, column), getattr(predicted, column))
+    error = np.log(predicted.predicted_tokens / predicted.output_tokens)
+    assert abs(error.mean()) < 0.03
+    assert error.std() == pytest.approx(0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("name", NAMES)
