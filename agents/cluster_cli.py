@@ -72,9 +72,7 @@ def order(
     """Let the running engines order their waiting queues by another request policy, or a policy bundle."""
     from servegym.baselines.policy_spec import PolicySpec
 
-    cluster = _find(name, folder)
-    version = cluster.set_request_policy(PolicySpec.parse(policy))
-    cluster.await_request_policy(version)
+    version = _find(name, folder).follow(PolicySpec.parse(policy))
     _say(f"cluster {name}: ordered by {policy}, version {version}")
 
 

@@ -222,8 +222,8 @@ def _request_level(live: LiveCluster, config: DeployConfig) -> StaticKey | None:
     spec = config.request_policy
     if spec is None:
         return None
-    if all(engine.shim for engine in live.engines):
-        live.await_request_policy(live.set_request_policy(spec))
+    if live.ordered:
+        live.follow(spec)
         _say(f"waiting queues: {spec}, by our scheduler in the engines")
         return None
     key = StaticKey(create("request", spec), str(spec), config.engine.prefill_tokens_per_s)

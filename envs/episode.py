@@ -102,13 +102,7 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
     ) -> tuple[ClusterConfig, RequestTable, int]:
         """Seed the environment and draw the cluster, the requests and the run's seed of the next episode."""
         super().reset(seed=seed)
-        load = (options or {}).get("load")
-        if self.config.live is None:
-            return draw_episode(self.config, self._source, self.np_random, load)
-        run_seed, count = int(self.np_random.integers(2**31)), self.config.episode_requests
-        if self.config.random_end:
-            count = int(self.np_random.geometric(1.0 / count))
-        return self.config.cluster, self.config.live.table(self.config.workload, run_seed, count), run_seed
+        return draw_episode(self.config, self._source, self.np_random, (options or {}).get("load"))
 
     def _live_run(
         self,
@@ -176,7 +170,7 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
 def draw_episode(
     config: EpisodeConfig, source: RequestSource, rng: np.random.Generator, load: float | None = None
 ) -> tuple[ClusterConfig, RequestTable, int]:
-    """Draw the cluster, the requests and the run's seed of an episode of the simulator.
+    """Draw the cluster, the requests and the run's seed of an episode.
 
     Args:
         config: what may differ between episodes.
@@ -192,6 +186,8 @@ def draw_episode(
     count = config.episode_requests
     if config.random_end:
         count = int(rng.geometric(1.0 / count))
+    if config.live is not None:
+        return cluster, config.live.table(config.workload, run_seed, count), run_seed
     return cluster, source.table(run_seed, load=load, requests=count, cluster=cluster, scale=scale), run_seed
 
 

@@ -17,10 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from servegym.engine_bridge.cluster.engine import stop_groups
 from servegym.engine_bridge.gateway.config import DeployConfig
 from servegym.engine_bridge.gateway.serve import Deployment, deployed
 from servegym.engine_bridge.gateway.static_key import StaticKey
 
+SERVEGYM = (sys.executable, "-c", "from servegym.agents.cli import main; main()")
 FAKE = Path(__file__).with_name("fake_vllm.py")
 
 
@@ -71,3 +73,27 @@ def gateway_before(
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/health", timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def served(command: Sequence[str | Path], port: int, folder: Path | None = None) -> Iterator[str]:
+    """A server in a process of its own: a client in the same interpreter would measure itself."""
+    url = f"http://127.0.0.1:{port}"
+    output = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 60
+        while not answers(url):
+            assert time.monotonic() < deadline, f"{command[0]} does not start"
+            time.sleep(0.1)
+        yield url
+    finally:
+        stop_groups([process.pid], timeout_s=10.0)

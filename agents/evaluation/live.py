@@ -60,7 +60,7 @@ class _Bench:
         target, shimmed = self.target, self.shimmed
         failures = _failures(shimmed)
         if shimmed is not None:
-            shimmed.await_request_policy(shimmed.set_request_policy(policies.request))
+            shimmed.follow(policies.request)
         dispatcher = by_policy(policies.engine, table, self.options, len(target.urls), seed)
         result = replay(table, target.urls, target.model, self.options, dispatcher=dispatcher)
         metrics = result.metrics(self.config.slo, self.config.warmup_share)
@@ -72,7 +72,7 @@ class _Bench:
 def _shimmed(target: Target, config: EvaluationConfig) -> LiveCluster | None:
     """Return the cluster if its engines' waiting queues are ours to order; else make sure that nobody asks for it."""
     cluster = target.cluster
-    if cluster is not None and all(engine.shim for engine in cluster.engines):
+    if cluster is not None and cluster.ordered:
         return cluster
     for label, policies in config.policies.items():
         if policies.request.name != "fcfs":

@@ -51,7 +51,7 @@ class Search:
         torch.manual_seed(config.seed)
         self._actor = Actor(config.task.decisions, config.network.width)
         self._actor.start_from(config.network.prior, config.network.prior_scale)
-        weights = actor_weights(self._actor)
+        weights = self._first = actor_weights(self._actor)
         self._shapes = {
             name: array.shape
             for name, array in weights.items()
@@ -133,7 +133,7 @@ class Search:
         return cost if math.isfinite(cost) else 1e9
 
     def _weights(self, vector: FloatArray) -> dict[str, Float32Array]:
-        found, at = actor_weights(self._actor), 0
+        found, at = dict(self._first), 0
         for name, shape in self._shapes.items():
             size = math.prod(shape)
             found[name] = vector[at : at + size].reshape(shape).astype(np.float32)

@@ -110,6 +110,11 @@ class LiveCluster:
     folder: Path
 
     @property
+    def ordered(self) -> bool:
+        """Whether our scheduler orders the waiting queues of all engines."""
+        return all(engine.shim for engine in self.engines)
+
+    @property
     def request_policy(self) -> PolicySpec | None:
         """What the engines' schedulers were told last; None without our scheduler."""
         path = self.folder / POLICY
@@ -125,16 +130,23 @@ class LiveCluster:
             InputError: no such policy, or engines without our scheduler.
         """
         create_live("request", spec)
-        if not all(engine.shim for engine in self.engines):
+        if not self.ordered:
             raise InputError(self.name, "request_policy", "the engines run vLLM's own scheduler; start them with one")
         return write_policy(self.folder / POLICY, spec.located())
 
-    def await_request_policy(self, version: int, timeout_s: float = 60.0) -> None:
-        """Wait until all engines follow the policy of a version; they look for one when they have something to do.
+    def follow(self, spec: PolicySpec, timeout_s: float = 60.0) -> int:
+        """Let the engines' schedulers follow another request policy, and wait until they do.
+
+        They look for one when they have something to do, so that they are given something.
+
+        Returns:
+            The version of the policy file.
 
         Raises:
+            InputError: no such policy, or engines without our scheduler.
             EngineError: an engine does not take it up.
         """
+        version = self.set_request_policy(spec)
         deadline = time.monotonic() + timeout_s
         for engine in self.engines:
             while (state := engine.shim_state()) is None or (state["tier"], state["version"]) != ("policy", version):
@@ -142,6 +154,7 @@ class LiveCluster:
                     raise EngineError(f"{engine.url} did not take up the request policy: {describe_shim(state)}")
                 completes(engine.url, self.model)
                 time.sleep(0.05)
+        return version
 
     def stop(self) -> None:
         """End the engines that were started for the cluster."""

@@ -43,9 +43,8 @@ class Target:
         Raises:
             InputError: an engine ignores them.
         """
-        cluster = self.cluster
-        if cluster is not None and all(engine.shim for engine in cluster.engines):
-            cluster.await_request_policy(cluster.set_request_policy(order))
+        if self.cluster is not None and self.cluster.ordered:
+            self.cluster.follow(order)
             return
         for url in self.urls:
             if heeds_priorities(url, self.model) is False:

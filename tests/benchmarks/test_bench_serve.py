@@ -10,19 +10,18 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from gateway_support import SERVEGYM, served
 
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.configuration import find_config, load_mapping
 from servegym.engine_bridge.cluster.config import ClusterFile
-from servegym.engine_bridge.cluster.engine import free_port, healthy, stop_groups
+from servegym.engine_bridge.cluster.engine import free_port
 from servegym.engine_bridge.cluster.launcher import LiveCluster, running_cluster
 
 REPETITIONS = 3
@@ -43,18 +42,10 @@ def cluster(tmp_path: Path) -> Iterator[LiveCluster]:
 @pytest.fixture
 def endpoint(cluster: LiveCluster, tmp_path: Path) -> Iterator[str]:
     """A deployment in a process of its own."""
-    address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    program = [sys.executable, "-c", "from servegym.agents.cli import main; main()"]
-    arguments = ["deploy", "least_requests", "--cluster", "local", "--listen", address]
-    process = subprocess.Popen([*program, *arguments], cwd=tmp_path, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 60
-        while not healthy(f"http://{address}"):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        yield f"http://{address}"
-    finally:
-        stop_groups([process.pid])
+    port = free_port("127.0.0.1")
+    arguments = ["deploy", "least_requests", "--cluster", "local", "--listen", f"127.0.0.1:{port}"]
+    with served([*SERVEGYM, *arguments], port, tmp_path) as url:
+        yield url
 
 
 def bench(endpoint: str, cluster: LiveCluster, seed: int, folder: Path) -> float:
@@ -83,7 +74,7 @@ def test_ttft_by_the_order_of_the_queues(cluster: LiveCluster, endpoint: str, tm
     found: dict[str, list[float]] = {order: [] for order in orders}
     for seed in range(1, REPETITIONS + 1):
         for order, values in found.items():
-            cluster.await_request_policy(cluster.set_request_policy(PolicySpec.parse(order)))
+            cluster.follow(PolicySpec.parse(order))
             values.append(bench(endpoint, cluster, seed, tmp_path))
     for order, values in found.items():
         gaps = [f"{mine / other - 1:+.0%}" for mine, other in zip(values, found["fcfs"], strict=True)]

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import aiohttp
 import numpy as np
 import pytest
+from gateway_support import SERVEGYM, served
 
-from servegym.engine_bridge.cluster.engine import free_port, stop_groups
+from servegym.engine_bridge.cluster.engine import free_port
 from servegym.engine_bridge.gateway.arms import Arms
 from servegym.engine_bridge.gateway.config import DeployConfig
 from servegym.engine_bridge.gateway.core import Gateway
@@ -30,30 +29,6 @@ from servegym.engine_bridge.gateway.metrics import GatewayMetrics
 
 TTFT_S, ITL_S, TOKENS = 0.005, 0.02, 10
 STREAMS, ROUNDS = (1, 16, 64), 3
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{url}/health", timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def served(command: Sequence[str | Path], port: int, folder: Path | None = None) -> Iterator[str]:
-    """A server in a process of its own: a client in the same interpreter would measure itself."""
-    url = f"http://127.0.0.1:{port}"
-    output = subprocess.DEVNULL
-    process = subprocess.Popen(command, cwd=folder, start_new_session=True, stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + 60
-        while not answers(url):
-            assert time.monotonic() < deadline, f"{command[0]} does not start"
-            time.sleep(0.1)
-        yield url
-    finally:
-        stop_groups([process.pid], timeout_s=10.0)
 
 
 @pytest.fixture
@@ -84,9 +59,8 @@ def router(engines: list[str]) -> Iterator[str | None]:
 def gateway(engines: list[str], tmp_path: Path) -> Iterator[str]:
     (tmp_path / "cluster.yaml").write_text(f"name: mocks\nattach: [{', '.join(engines)}]\n")
     port = free_port("127.0.0.1")
-    program = [sys.executable, "-c", "from servegym.agents.cli import main; main()"]
     arguments = ["deploy", "round_robin", "--cluster", "cluster.yaml", "--listen", f"127.0.0.1:{port}"]
-    with served([*program, *arguments], port, tmp_path) as url:
+    with served([*SERVEGYM, *arguments], port, tmp_path) as url:
         yield url
 
 

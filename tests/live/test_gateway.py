@@ -86,7 +86,7 @@ def test_a_static_key_serves_in_the_order_of_our_scheduler(
     one_engine: LiveCluster, priority_engine: LiveCluster, tmp_path: Path
 ) -> None:
     """The same burst, ordered inside the engine at each step, and by a priority fixed at the gateway."""
-    one_engine.await_request_policy(one_engine.set_request_policy(PolicySpec.parse(RULE)))
+    one_engine.follow(PolicySpec.parse(RULE))
     key = StaticKey(create("request", PolicySpec.parse(RULE)), RULE, 12_000)
     correlations = []
     with gateway_before(urls(priority_engine), tmp_path, key, policy="round_robin") as deployment:

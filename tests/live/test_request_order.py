@@ -22,7 +22,7 @@ CONFIG = ReplayConfig.model_validate({"workload": {"name": "fixed", "rate_rps": 
 
 def use(cluster: LiveCluster, policy: str) -> None:
     """Put a policy in force."""
-    cluster.await_request_policy(cluster.set_request_policy(PolicySpec.parse(policy)))
+    cluster.follow(PolicySpec.parse(policy))
 
 
 def _complete(cluster: LiveCluster, prompt: str, tokens: int = 1) -> Any:

@@ -15,6 +15,16 @@ from servegym.agents.training.trainer import train
 from servegym.configuration import validate
 
 
+def ttft_against_the_baseline(
+    config: dict[str, Any], comparison: dict[str, Any], layer: str, folder: Path
+) -> dict[str, dict[str, float]]:
+    """Train, and evaluate the result among the policies of a comparison."""
+    policy = train(validate(TrainConfig, config, "test"), out=folder / "run", progress=False).policy
+    comparison["policies"]["learned"] = {layer: str(policy)}
+    result = evaluate(validate(EvaluationConfig, comparison, "test"), processes=1, progress=False)
+    return {row["policy"]: row["metrics"]["ttft_s"]["difference"] for row in result.statistics()}
+
+
 @pytest.mark.slow
 def test_from_nothing_it_beats_random_and_comes_close_to_the_best_heuristic(tmp_path: Path) -> None:
     profile = tmp_path / "profile.yaml"
@@ -33,19 +43,13 @@ def test_from_nothing_it_beats_random_and_comes_close_to_the_best_heuristic(tmp_
         },
         "evaluation": {"every_steps": 50_000, "episodes": 4},
     }
-    policy = train(validate(TrainConfig, config, "test"), out=tmp_path / "run", progress=False).policy
     comparison = {
         "cluster": cluster,
         "workloads": [{"name": "azure-conv", "requests": 2000}],
         "baseline": "random",
-        "policies": {
-            "random": {"engine": "random"},
-            "lmetric": {"engine": "lmetric"},
-            "learned": {"engine": str(policy)},
-        },
+        "policies": {"random": {"engine": "random"}, "lmetric": {"engine": "lmetric"}},
     }
-    result = evaluate(validate(EvaluationConfig, comparison, "test"), processes=1, progress=False)
-    gap = {row["policy"]: row["metrics"]["ttft_s"]["difference"] for row in result.statistics()}
+    gap = ttft_against_the_baseline(config, comparison, "engine", tmp_path)
     assert gap["learned"]["high"] < 0
     assert gap["learned"]["value"] < 0.5 * gap["lmetric"]["value"]
 
@@ -70,16 +74,14 @@ def test_from_nothing_an_admission_policy_beats_fcfs(tmp_path: Path) -> None:
         },
         "evaluation": {"every_steps": 30_000, "episodes": 4},
     }
-    policy = train(validate(TrainConfig, config, "test"), out=tmp_path / "run", progress=False).policy
     comparison = {
         "cluster": cluster,
         "workloads": [{"name": "azure-conv", "requests": 1000}],
         "loads": [1.15],
         "baseline": "fcfs",
-        "policies": {"fcfs": {}, "spf_aging": {"request": "spf_aging"}, "learned": {"request": str(policy)}},
+        "policies": {"fcfs": {}, "spf_aging": {"request": "spf_aging"}},
     }
-    result = evaluate(validate(EvaluationConfig, comparison, "test"), processes=1, progress=False)
-    gap = {row["policy"]: row["metrics"]["ttft_s"]["difference"] for row in result.statistics()}
+    gap = ttft_against_the_baseline(config, comparison, "request", tmp_path)
     print(gap)
     assert gap["learned"]["high"] < 0
     assert gap["learned"]["value"] < 0.5 * gap["spf_aging"]["value"]
