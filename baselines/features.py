@@ -21,12 +21,14 @@ from servegym.baselines.interface import (
     E_DECODE_STEP_S,
     E_DISPATCHED_SINCE,
     E_HIT_TOKENS,
+    E_INDEX_TOKENS,
     E_INFLIGHT,
     E_INFLIGHT_PROMPT_TOKENS,
     E_ITL_EWMA_S,
     E_KV_TOKENS,
     E_KV_USAGE,
     E_MAX_NUM_SEQS,
+    E_MOE_PRESSURE,
     E_PREFILL_REQUESTS,
     E_PREFILL_TOKENS,
     E_PREFILL_TOKENS_PER_S,
@@ -90,7 +92,21 @@ ENGINE_FEATURES: tuple[Feature, ...] = (
     Feature("relative_prefill_work", "log_prefill_work minus its minimum over available engines"),
     Feature("relative_batch", "log_batch minus its minimum over available engines"),
     Feature("relative_kv_usage", "kv_usage minus its minimum over available engines", high=1.0),
+    Feature("size_above", "ln(prompt / mean prompt without first token there) x queueing, 0 if that is negative"),
+    Feature("size_below", "ln(mean prompt without first token there / prompt) x queueing, 0 if that is negative"),
+    Feature("size_work", "relative_prefill_work x ln(prompt / mean prompt in flight) x queueing", low=-math.inf),
+    Feature("queued_work", "relative_prefill_work x queueing"),
+    Feature("queued_batch", "relative_batch x queueing"),
+    Feature("log_hit", "ln(1 + tokens believed cached there / 1,000)"),
+    Feature("index_share", "tokens believed cached there, of all prompts / KV capacity"),
+    Feature(
+        "moe_pressure",
+        "10 ln(load of the engine's EP ranks / mean of all ranks), telemetry, -10 to 10; 0 if unknown",
+        low=-10.0,
+        high=10.0,
+    ),
 )
+"""Of an engine. New ones come last and none changes its meaning: bundles name those that they were trained with."""
 
 REQUEST_FEATURES: tuple[Feature, ...] = (
     Feature("log_prompt", "ln of the prompt length in 1,000 tokens", low=-7.0),
@@ -105,6 +121,8 @@ REQUEST_FEATURES: tuple[Feature, ...] = (
 
 ENGINE_FEATURE_NAMES = tuple(feature.name for feature in ENGINE_FEATURES)
 REQUEST_FEATURE_NAMES = tuple(feature.name for feature in REQUEST_FEATURES)
+_LARGEST_PRESSURE = math.e  # beyond it, a rank is as loaded as any; the inverse bounds idle ones
+_LARGEST_SIZE = 2.0  # beyond it, a prompt is as large as any: the rarest ones must not outweigh all else
 _RELATIVE_TO = ((18, 0), (19, 1), (20, 7))  # relative feature -> the feature whose minimum it is relative to
 
 
@@ -123,6 +141,7 @@ def fill_dispatch_features(
     prompt = request[R_PROMPT_TOKENS]
     engine_features[:, :] = 0.0
     count, sum_batch, sum_queue, sum_kv = 0, 0.0, 0.0, 0.0
+    sum_delay, sum_prompts, sum_inflight = 0.0, prompt, 1.0
     for i in range(engines.shape[0]):
         engine = engines[i]
         if engine[E_AVAILABLE] <= 0.0:
@@ -148,6 +167,17 @@ def fill_dispatch_features(
         out[15] = engine[E_INFLIGHT_PROMPT_TOKENS] / engine[E_KV_TOKENS]
         out[16] = math.log1p(work / engine[E_PREFILL_TOKENS_PER_S] * 10.0)
         out[17] = math.log(engine[E_DECODE_STEP_S] * 100.0)
+        if engine[E_PREFILL_REQUESTS] > 0.0:
+            size = math.log(prompt * engine[E_PREFILL_REQUESTS] / max(engine[E_PREFILL_TOKENS], 1.0))
+            out[21] = max(size, 0.0)
+            out[22] = max(-size, 0.0)
+        out[26] = math.log1p(hit * 1e-3)
+        out[27] = engine[E_INDEX_TOKENS] / engine[E_KV_TOKENS]
+        pressure = min(max(engine[E_MOE_PRESSURE], 1.0 / _LARGEST_PRESSURE), _LARGEST_PRESSURE)
+        out[28] = 10.0 * math.log(pressure)
+        sum_delay += engine[E_PREFILL_TOKENS] / engine[E_PREFILL_TOKENS_PER_S]
+        sum_prompts += engine[E_INFLIGHT_PROMPT_TOKENS]
+        sum_inflight += engine[E_INFLIGHT]
         count += 1
         sum_batch += out[1]
         sum_queue += out[2]
@@ -161,6 +191,15 @@ def fill_dispatch_features(
             if engines[i, E_AVAILABLE] > 0.0:
                 engine_features[i, relative] = engine_features[i, base] - lowest
     present = max(count, 1)
+    queueing = sum_delay / (present + sum_delay)
+    size = min(max(math.log(prompt * sum_inflight / sum_prompts), -_LARGEST_SIZE), _LARGEST_SIZE)
+    for i in range(engines.shape[0]):
+        out = engine_features[i]
+        out[21] *= queueing
+        out[22] *= queueing
+        out[23] = out[18] * size * queueing
+        out[24] = out[18] * queueing
+        out[25] = out[19] * queueing
     request_features[0] = math.log(prompt * 1e-3)
     request_features[1] = 1.0 / (1.0 + request[R_DEADLINE_S])
     request_features[2] = math.tanh(request[R_PRIORITY] * 0.1)

@@ -64,6 +64,27 @@ class RequestHeuristic(Heuristic):
         """Weights (prompt token, output token) of the column ``user_served``; None without need of it."""
         return None
 
+    @property
+    def budget_share(self) -> float | None:
+        """Share of the engine's token budget that a step may use; None: all of it."""
+        return None
+
+
+def token_budget(share: float | None, limit: int, max_num_seqs: int) -> int:
+    """Return how many tokens a step may schedule.
+
+    Never fewer than ``max_num_seqs``, where the limit allows that: every running request gets its next token.
+
+    Args:
+        share: of a request policy, None for all.
+        limit: the engine's own budget, vLLM's ``max_num_batched_tokens``.
+        max_num_seqs: largest running batch.
+
+    >>> token_budget(0.5, 8192, 256), token_budget(0.01, 8192, 256), token_budget(None, 8192, 256)
+    (4096, 256, 8192)
+    """
+    return limit if share is None else min(limit, max(round(share * limit), max_num_seqs))
+
 
 def compiled_form(policy: Any) -> tuple[Callable[..., Any], FloatArray] | None:
     """Return the function to compile and its parameters, or None for a policy that has only Python code."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from servegym.baselines.expert.loads import balancedness, crossing_share, moved_experts, rank_loads, remote_share
-from servegym.baselines.features import Feature
+from servegym.baselines.features import Feature, Float32Array
 from servegym.baselines.interface import ExpertLoad, FloatArray, Placement
 
 PLACEMENT_FEATURES = (
@@ -27,7 +27,39 @@ PLACEMENT_CONTEXT = (
     Feature("imbalance_now", "imbalance of the current placement"),
     Feature("layers", "MoE layers / 64"),
     Feature("log_experts", "ln(experts per rank)"),
+    Feature("source_skew", "tokens of the busiest source rank over the mean, less 1; 0 if unknown"),
+    Feature("source_mix", "total variation between a source rank's load and that of all, mean; 0 if unknown", high=1.0),
 )
+"""Of the load. The last two tell what dispatch made of it: how uneven the ranks' sources are, and how different."""
+
+SETTINGS = ("half_life", "trend", "activation", "together", "pairs_half_life", "local", "move", "gate")
+"""Settings of the placement rule ``collocate`` that a network may scale."""
+_GIVEN = ("", "_by_tokens", "_by_drift", "_by_ranks", "_by_skew", "_by_mix")
+SETTING_FEATURES = tuple(
+    Feature(f"{setting}{given}", f"1 for {setting}{', times a feature of the load' * bool(given)}", low=-math.inf)
+    for setting in SETTINGS
+    for given in _GIVEN
+)
+
+
+def fill_setting_features(context: FloatArray, items: FloatArray, out: Float32Array, shared: Float32Array) -> None:
+    """Write the features of settings, each with its own weights for the load: a linear rule is linear in the load.
+
+    Args:
+        context: row of ``PLACEMENT_CONTEXT``.
+        items: number of each setting, shape (settings, 1).
+        out: output, shape (settings, SETTING_FEATURES).
+        shared: output, shape (PLACEMENT_CONTEXT,).
+    """
+    log_tokens, drift, _, _, log_experts, skew, source_mix = context
+    # About -1 to 1: 1 to 50,000 experts chosen per layer and step, loads that stay or move, 64 to 8 experts per rank,
+    # engines that are sent equal or unequal amounts, and the same or other requests.
+    load = [(log_tokens - 6.0) / 5.0, 5.0 * drift, math.log(32.0) - log_experts, 5.0 * skew, 5.0 * source_mix]
+    given = np.array([1.0, *load])
+    out[:] = 0.0
+    for row, setting in zip(out, items[:, 0].astype(np.int64), strict=True):
+        row[setting * len(given) : (setting + 1) * len(given)] = given
+    shared[:] = context
 
 
 def placement_features(load: ExpertLoad, current: Placement, candidates: Sequence[Placement | None]) -> FloatArray:
@@ -61,6 +93,7 @@ def placement_context(load: ExpertLoad, before: FloatArray | None, current: Plac
     drift = 0.0
     if before is not None:
         drift = float(0.5 * np.abs(_shares(load.tokens) - _shares(before)).sum(axis=1).mean())
+    skew, source_mix = _sources(load)
     return np.array(
         [
             np.log1p(load.tokens.sum() / layers / max(load.steps, 1)),
@@ -68,12 +101,25 @@ def placement_context(load: ExpertLoad, before: FloatArray | None, current: Plac
             _imbalance(load.tokens, current).mean(),
             layers / 64.0,
             np.log(experts / current.ranks),
+            skew,
+            source_mix,
         ]
     )
 
 
+def _sources(load: ExpertLoad) -> tuple[float, float]:
+    """How unevenly and how differently the source ranks load the experts: what dispatch decides of a placement."""
+    if load.by_source is None:
+        return 0.0, 0.0
+    by_rank = load.by_source.sum(axis=(0, 2))
+    if not by_rank.any():
+        return 0.0, 0.0
+    distance = 0.5 * np.abs(_shares(load.by_source) - _shares(load.tokens)[:, None, :]).sum(axis=2)
+    return float(by_rank.max() / by_rank.mean() - 1.0), float(distance[:, by_rank > 0.0].mean())
+
+
 def _shares(tokens: FloatArray) -> FloatArray:
-    return np.asarray(tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1e-300))
+    return np.asarray(tokens / np.maximum(tokens.sum(axis=-1, keepdims=True), 1e-300))
 
 
 def _imbalance(tokens: FloatArray, placement: Placement) -> FloatArray:

@@ -26,9 +26,9 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar, overload
 
-from servegym.baselines.interface import EnginePolicy, ExpertPolicy, RequestPolicy
+from servegym.baselines.interface import EnginePolicy, ExpertPolicy, PolicyHooks, RequestPolicy
 from servegym.baselines.policy_spec import LAYERS, Layer, PolicySpec, parse_policy_option
-from servegym.baselines.user_code import load_class
+from servegym.baselines.user_code import defined_at, load_class, user_errors
 from servegym.configuration import validate
 from servegym.errors import InputError, nearest
 
@@ -49,6 +49,7 @@ ENTRY_POINT_GROUP = "servegym.policies"
 PolicyT = TypeVar("PolicyT", bound=type[Any])
 Loader = Callable[[Layer, PolicySpec], Any]
 _METHOD: dict[Layer, str] = {"request": "score", "engine": "score", "expert": "place"}
+_PROTOCOL: dict[Layer, type[Any]] = {"request": RequestPolicy, "engine": EnginePolicy, "expert": ExpertPolicy}
 _logger = logging.getLogger(__name__)
 
 
@@ -122,7 +123,7 @@ def create(layer: Layer, spec: PolicySpec | str) -> Any:
         spec: a spec, or its string form ``NAME`` or ``NAME,key=value``.
 
     Raises:
-        InputError: unknown name (with the nearest ones), a class that cannot be imported, or wrong parameters.
+        InputError: unknown name (with the nearest ones), a class that cannot be imported or made, or wrong parameters.
 
     >>> create("request", "spf_aging,gamma=-1")
     Traceback (most recent call last):
@@ -137,12 +138,14 @@ def create(layer: Layer, spec: PolicySpec | str) -> Any:
     source = f"policy {layer}={spec.name}"
     model = getattr(policy, "Params", None)
     if model is not None:
-        return policy(validate(model, spec.params, source))
+        with user_errors():
+            return policy(validate(model, spec.params, source))
     try:
         inspect.signature(policy).bind(**spec.params)
     except TypeError as error:
         raise InputError(source, "", f"{error}; allowed: {inspect.signature(policy)}") from None
-    return policy(**spec.params)
+    with user_errors():
+        return policy(**spec.params)
 
 
 @overload
@@ -186,7 +189,7 @@ def policy_class(layer: Layer, name: str) -> type[Any]:
     if ":" not in name:
         raise InputError(source, "", f"unknown policy; {nearest(name, names(layer))}")
     policy: type[Any] = load_class(name, source)
-    if problem := _unfit(layer, policy):
+    if problem := _unfit(layer, policy) or _wrong_arguments(layer, policy):
         raise InputError(source, "", problem)
     return policy
 
@@ -236,6 +239,26 @@ def _unfit(layer: Layer, policy: Any) -> str:
         return f"{policy!r} is not a class"
     if not callable(getattr(policy, _METHOD[layer], None)):
         return f"class {policy.__qualname__} has no method {_METHOD[layer]}, which every {layer} policy needs"
+    return ""
+
+
+def _wrong_arguments(layer: Layer, policy: type[Any]) -> str:
+    """Say which method cannot be called as it will be; empty if all can."""
+    methods = {_METHOD[layer]: getattr(_PROTOCOL[layer], _METHOD[layer])}
+    methods |= {name: function for name, function in vars(PolicyHooks).items() if not name.startswith("_")}
+    for name, function in methods.items():
+        own = getattr(policy, name, None)
+        called_with = list(inspect.signature(function).parameters)
+        if isinstance(inspect.getattr_static(policy, name, None), staticmethod | classmethod):
+            called_with = called_with[1:]
+        try:
+            if callable(own):
+                inspect.signature(own).bind(*called_with)
+        except ValueError:  # a builtin without a signature
+            continue
+        except TypeError as error:
+            wanted = ", ".join(called_with)
+            return f"{defined_at(own)}: {policy.__qualname__}.{name}: {error}; allowed: {name}({wanted})"
     return ""
 
 

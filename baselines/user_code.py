@@ -1,17 +1,26 @@
-"""A class from the user's own code: ``module:Class`` or ``path/to/file.py:Class``."""
+"""A class from the user's own code, ``module:Class`` or ``path/to/file.py:Class``, and the lines where it fails."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
+from servegym.baselines.interface import FloatArray
 from servegym.errors import InputError, nearest
+
+_files: set[str] = set()
 
 
 def load_class(reference: str, source: str) -> Any:
@@ -32,14 +41,91 @@ def load_class(reference: str, source: str) -> Any:
     try:
         module = _import(module_name)
     except ModuleNotFoundError as error:
-        raise InputError(source, "", f"no module {error.name!r}, neither installed nor in this directory") from error
+        where = _place(error)
+        problem = f"no module {error.name!r}, neither installed nor in this directory"
+        raise InputError(source, "", f"{where}: {problem}" if where else problem) from error
     except Exception as error:
-        problem = f"{module_name} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(source, "", problem) from error
+        problem = blame(error) or f"{module_name}: {_describe(error)}"
+        raise InputError(source, "", f"cannot be imported: {problem}") from error
     if not hasattr(module, class_name):
         classes = [name for name, value in vars(module).items() if isinstance(value, type)]
         raise InputError(source, "", f"{module_name} has no {class_name}; {nearest(class_name, classes)}")
     return getattr(module, class_name)
+
+
+def blame(error: BaseException) -> str | None:
+    """Say in one line what went wrong in the user's code, and where; None if it was not there.
+
+    ``mine.py:7: ZeroDivisionError: division by zero, in score``: the innermost line of a file that :func:`load_class`
+    has read.
+    """
+    where = _place(error)
+    if where is None:
+        return None
+    function = next((frame.name for frame in _own_frames(error)), "<module>")
+    inside = "" if function == "<module>" else f", in {function}"
+    return f"{where}: {_describe(error)}{inside}"
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn an exception from the user's code into an :class:`InputError` that names file and line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        line = blame(error)
+        if line is None:
+            raise
+        raise InputError(line, "", "") from error
+
+
+def checked_scores(policy: Any, scores: Any, count: int) -> FloatArray:
+    """Return what a policy's ``score`` gave as an array, shape (count,).
+
+    Raises:
+        InputError: it has another shape (a single number would count for all), or no numbers.
+    """
+    try:
+        found = np.asarray(scores, dtype=np.float64)
+        got = f"shape {found.shape}"
+    except (TypeError, ValueError, RuntimeError) as error:
+        found, got = None, f"a {type(scores).__name__} ({' '.join(str(error).split())})"
+    if found is None or found.shape != (count,):
+        method = type(policy).score
+        name = f"{type(policy).__qualname__}.score"
+        raise InputError(defined_at(method), name, f"returned {got}; allowed: shape ({count},)")
+    return found
+
+
+def defined_at(function: Any) -> str:
+    """Return ``FILE:LINE`` of a function, or the module of what has no source."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{_short(code.co_filename)}:{code.co_firstlineno}" if code is not None else str(function.__module__)
+
+
+def _describe(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())}" if text else type(error).__name__
+
+
+def _place(error: BaseException) -> str | None:
+    """Return ``FILE:LINE`` of the user's code; of a syntax error, where that is."""
+    if isinstance(error, SyntaxError) and error.filename in _files:
+        return f"{_short(error.filename)}:{error.lineno}"
+    return next((f"{_short(frame.filename)}:{frame.lineno}" for frame in _own_frames(error)), None)
+
+
+def _own_frames(error: BaseException) -> Iterator[traceback.FrameSummary]:
+    """The frames of the user's files, the innermost first."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frame for frame in reversed(frames) if frame.filename in _files)
+
+
+def _short(file: str) -> str:
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
 
 
 def _import(name: str) -> ModuleType:
@@ -49,6 +135,9 @@ def _import(name: str) -> ModuleType:
     # The console script's search path lacks the current directory, where users keep their own modules.
     _make_importable(Path.cwd())
     importlib.invalidate_caches()
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.origin is not None and not name.startswith("servegym."):
+        _files.add(spec.origin)
     return importlib.import_module(name)
 
 
@@ -60,6 +149,7 @@ def _execute(path: Path, _modified_ns: int) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    _files.add(str(path))
     sys.modules[name] = module  # dataclasses and pickle look their module up there
     _make_importable(path.parent)  # a file may import its neighbours
     try:

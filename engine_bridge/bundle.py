@@ -7,7 +7,8 @@
     README.md            the same for people
 
 Nothing is pickled and nothing needs torch. Importing this module lets a bundle stand wherever a policy is named:
-``--policy engine=runs/dispatch_ppo/latest`` (a run folder, a bundle folder or its ``policy.json``).
+``--policy engine=runs/dispatch_ppo/latest`` (a run folder, a bundle folder or its ``policy.json``), or
+``--policy engine=servegym/dispatch``, a shipped one.
 """
 
 from __future__ import annotations
@@ -24,38 +25,50 @@ from servegym.baselines.features import Float32Array
 from servegym.baselines.policy_spec import Layer, PolicySpec
 from servegym.baselines.registry import register_loader
 from servegym.configuration import validate
-from servegym.engine_bridge.bundle_policy import BundlePolicy, EngineBundlePolicy, RequestBundlePolicy
+from servegym.engine_bridge.bundle_policy import (
+    BundlePolicy,
+    EngineBundlePolicy,
+    ExpertBundlePolicy,
+    RequestBundlePolicy,
+)
+from servegym.engine_bridge.decisions import DECISIONS
 from servegym.engine_bridge.manifest import MANIFEST, WEIGHTS, Manifest
 from servegym.engine_bridge.set_scorer import SetScorer, weight_shapes
-from servegym.errors import InputError
+from servegym.engine_bridge.shipped import resolved
+from servegym.errors import InputError, nearest
 
 TOLERANCE = 1e-4  # of golden logits: another CPU's float32 rounding passes, another feature or formula does not
+
+
+_POLICIES = {"engine": EngineBundlePolicy, "request": RequestBundlePolicy, "expert": ExpertBundlePolicy}
 
 
 def load_bundle(path: str | Path) -> BundlePolicy:
     """Read a bundle, check everything, and return its policy.
 
     Args:
-        path: a bundle folder, its ``policy.json``, or a run folder, whose best policy is taken.
+        path: a bundle folder, its ``policy.json``, a run folder, whose best policy is taken, or the name of a shipped
+            bundle, such as ``servegym/dispatch``.
 
     Raises:
-        InputError: a missing file, an unknown schema, other features than this version computes, weights that are
+        InputError: a missing file, an unknown schema, features that this version does not compute, weights that are
             damaged, not finite or of the wrong shape, or golden decisions that this machine does not reproduce.
     """
-    folder = _bundle_folder(Path(path))
+    folder = _bundle_folder(path)
     manifest = _read_manifest(folder / MANIFEST)
     scorer = SetScorer(_read_weights(folder / WEIGHTS, manifest))
-    policy = (EngineBundlePolicy if manifest.layer == "engine" else RequestBundlePolicy)(scorer, manifest, folder)
+    policy = _POLICIES[manifest.layer](scorer, manifest, folder)
     _replay(policy, folder / MANIFEST)
     return policy
 
 
-def _bundle_folder(path: Path) -> Path:
+def _bundle_folder(name: str | Path) -> Path:
+    path = resolved(name)
     folder = path.parent if path.name == MANIFEST else path
     if not (folder / MANIFEST).exists() and (folder / "policy" / MANIFEST).exists():
         return folder / "policy"
     if not folder.is_dir():
-        raise InputError(str(path), "", "no such policy bundle")
+        raise InputError(str(path), "", "no such policy bundle; train one: servegym train dispatch_ppo")
     return folder
 
 
@@ -69,19 +82,10 @@ def _read_manifest(path: Path) -> Manifest:
     if not isinstance(content, dict):
         raise InputError(str(path), "", f"top level is {type(content).__name__}; allowed: an object")
     manifest = validate(Manifest, content, str(path))
-    decisions, widths = manifest.decisions, manifest.widths
-    for field, found, known in (
-        ("item_features", manifest.item_features, decisions.item_names),
-        ("context_features", manifest.context_features, decisions.context_names),
-    ):
-        if found != known:
-            where = next((i for i, pair in enumerate(zip(found, known, strict=False)) if pair[0] != pair[1]), None)
-            difference = (
-                f"{len(found)} names; allowed: {len(known)}"
-                if where is None
-                else f"name {where} is {found[where]!r}; allowed: {known[where]!r}"
-            )
-            raise InputError(str(path), field, f"{difference}, as this version of servegym computes them")
+    every, widths = DECISIONS[manifest.layer], manifest.widths
+    _check_features(path, "item_features", manifest.item_features, every.item_names)
+    _check_features(path, "context_features", manifest.context_features, every.context_names)
+    decisions = manifest.decisions
     if (widths.item_features, widths.context_features) != (len(decisions.items), len(decisions.context)):
         raise InputError(str(path), "widths", "do not match the number of features")
     for field in ("architecture", "action", "mask"):
@@ -90,6 +94,17 @@ def _read_manifest(path: Path) -> Manifest:
                 str(path), field, f"got {getattr(manifest, field)!r}; allowed: {getattr(decisions, field)!r}"
             )
     return manifest
+
+
+def _check_features(path: Path, field: str, found: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Refuse features that this version does not compute; those that a bundle lacks came after it."""
+    for index, name in enumerate(found):
+        if name not in known:
+            raise InputError(
+                str(path), f"{field}.{index}", f"{name!r} is not computed by this version; {nearest(name, known)}"
+            )
+        if name in found[:index]:
+            raise InputError(str(path), f"{field}.{index}", f"{name!r} a second time; allowed: each once")
 
 
 def _read_weights(path: Path, manifest: Manifest) -> dict[str, Float32Array]:

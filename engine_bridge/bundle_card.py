@@ -9,13 +9,19 @@ _TEXTS = {
         "Dispatch",
         "Decides which engine of a cluster gets an arriving request. It scores every engine",
         "servegym evaluate quick --policy learned=PATH_OF_THIS_FOLDER",
-        "request, engines",
+        "scores = policy.score(request, engines)  # lower is better",
     ),
     "request": (
         "Admission",
         "Decides in which order an engine admits its waiting requests. It scores every request",
         "servegym cluster order NAME PATH_OF_THIS_FOLDER",
-        "queue",
+        "scores = policy.score(queue)  # lower is better",
+    ),
+    "expert": (
+        "Placement",
+        "Decides which expert-parallel rank holds which expert: it sets the weights of a search. It sets each of them",
+        "servegym simulate drift --policy expert=PATH_OF_THIS_FOLDER",
+        "wanted = policy.place(load, current)  # None: keep the current placement",
     ),
 }
 
@@ -27,6 +33,8 @@ def model_card(manifest: Manifest) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in manifest.packages.items())
     widths = manifest.widths
     title, does, use, call = _TEXTS[manifest.layer]
+    share = manifest.budget_share
+    budget = "" if share is None else f"| token budget of a step | {share:.3g} of the engine's |\n"
     return f"""# {title} policy `{training.run}`
 
 {does} with the same weights, so that it serves any number of them, and needs
@@ -36,8 +44,9 @@ numpy only.
 
 ```python
 from servegym.engine_bridge.bundle import load_bundle
+
 policy = load_bundle("PATH_OF_THIS_FOLDER")
-scores = policy.score({call})   # lower is better
+{call}
 ```
 
 | | |
@@ -46,7 +55,7 @@ scores = policy.score({call})   # lower is better
 | architecture | {manifest.architecture} |
 | inputs | {widths.item_features} of a candidate, {widths.context_features} of the context |
 | hidden units | {widths.hidden} |
-| trained in | {training.environment}, {training.steps:,} decisions, seed {training.seed} |
+{budget}| trained in | {training.environment}, {training.steps:,} decisions, seed {training.seed} |
 | training config | sha256 `{training.config_sha256}` |
 | weights | sha256 `{manifest.weights_sha256}` |
 | versions | {packages} |
@@ -65,6 +74,6 @@ Of a candidate: {", ".join(manifest.item_features)}.
 
 Of the context: {", ".join(manifest.context_features)}.
 
-The features have fixed scales (`servegym.engine_bridge.decisions`). A loader refuses the bundle where it computes other
-features or does not reproduce the {len(manifest.golden)} golden decisions in `policy.json`.
+The features have fixed scales (`servegym.engine_bridge.decisions`). A loader refuses the bundle where it lacks one of
+them or does not reproduce the {len(manifest.golden)} golden decisions in `policy.json`.
 """

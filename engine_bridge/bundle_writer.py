@@ -30,6 +30,7 @@ def write_bundle(
     reference: ReferenceLogits,
     training: Provenance,
     packages: Mapping[str, str],
+    budget_share: float | None = None,
 ) -> None:
     """Write a bundle; an older one in its place is replaced as a whole.
 
@@ -41,6 +42,7 @@ def write_bundle(
             become the golden pairs.
         training: where the weights come from.
         packages: versions to record.
+        budget_share: of an engine's token budget, for a request policy that sets one.
     """
     blob = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in weights.items()})
     hidden = len(weights["encoder.item.weight"])
@@ -59,6 +61,7 @@ def write_bundle(
         context_features=decisions.context_names,
         action=decisions.action,
         mask=decisions.mask,
+        budget_share=budget_share,
         normalisation=None,
         training=training,
         packages=dict(packages),

@@ -1,13 +1,15 @@
 """The kinds of decisions that a network makes: among what it chooses, and what it sees of that.
 
-A decision has *candidates*, engines or waiting requests, and a *context*, the request to be dispatched or the queue and
-its engine. Features of both are functions of the rows that policies of the level see.
+A decision has *candidates*, engines, waiting requests or settings of a placement, and a *context*, the request to be
+dispatched, the queue and its engine, or the load of the experts. Features of both are functions of the rows that
+policies of the level see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -21,14 +23,19 @@ from servegym.baselines.features import (
     Float32Array,
     fill_dispatch_features,
 )
-from servegym.baselines.interface import E_AVAILABLE, FloatArray
+from servegym.baselines.interface import E_AVAILABLE, FloatArray, IntArray
+from servegym.baselines.placement_features import (
+    PLACEMENT_CONTEXT,
+    SETTING_FEATURES,
+    fill_setting_features,
+)
 from servegym.baselines.queue_features import (
     QUEUE_CONTEXT_FEATURES,
     REQUEST_OWN_FEATURES,
     fill_admission_features,
 )
 
-Level = Literal["engine", "request"]
+Level = Literal["engine", "request", "expert"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,24 @@ class Decisions:
         """Names of the features of the context."""
         return tuple(feature.name for feature in self.context)
 
+    def only(self, items: tuple[str, ...], context: tuple[str, ...]) -> Decisions:
+        """Return the same decisions seen by some of the features alone, in the order given.
+
+        Args:
+            items: names among ``item_names``.
+            context: names among ``context_names``.
+        """
+        if (items, context) == (self.item_names, self.context_names):
+            return self
+        item_at = np.array([self.item_names.index(name) for name in items], dtype=np.int64)
+        context_at = np.array([self.context_names.index(name) for name in context], dtype=np.int64)
+        return replace(
+            self,
+            items=tuple(self.items[at] for at in item_at),
+            context=tuple(self.context[at] for at in context_at),
+            fill=partial(_fill_some, self, item_at, context_at),
+        )
+
     def features(self, context: FloatArray, items: FloatArray) -> tuple[Float32Array, Float32Array]:
         """Return the features of the candidates, shape (candidates, len(items)), and of the context, shape (len(context),).
 
@@ -86,6 +111,20 @@ class Decisions:
     def eligible(self, items: FloatArray) -> npt.NDArray[np.bool_]:
         """Return which candidates may be chosen, shape (candidates,)."""
         return items[:, E_AVAILABLE] > 0.0 if self.layer == "engine" else np.ones(len(items), dtype=np.bool_)
+
+
+def _fill_some(
+    every: Decisions,
+    item_at: IntArray,
+    context_at: IntArray,
+    context: FloatArray,
+    items: FloatArray,
+    item_features: Float32Array,
+    context_features: Float32Array,
+) -> None:
+    all_items, all_context = every.features(context, items)
+    np.take(all_items, item_at, axis=1, out=item_features)
+    np.take(all_context, context_at, out=context_features)
 
 
 def _columns(prefix: str, count: int) -> tuple[str, ...]:
@@ -124,4 +163,19 @@ ADMISSION = Decisions(
 )
 """Which waiting request is admitted next. A request's score depends on no other request, as an index does."""
 
-DECISIONS: dict[Level, Decisions] = {"engine": DISPATCH, "request": ADMISSION}
+PLACEMENT = Decisions(
+    layer="expert",
+    architecture="index_scorer",
+    pooled=False,
+    items=SETTING_FEATURES,
+    context=PLACEMENT_CONTEXT,
+    observation=("settings", "context"),
+    item_columns=("setting",),
+    context_columns=tuple(feature.name for feature in PLACEMENT_CONTEXT),
+    action="logit of a setting of the placement rule `collocate` = ln of a factor on its default",
+    mask="none: every setting has a value",
+    fill=fill_setting_features,
+)
+"""Which settings the rule ``collocate`` places experts by; the candidates are the settings."""
+
+DECISIONS: dict[Level, Decisions] = {"engine": DISPATCH, "request": ADMISSION, "expert": PLACEMENT}

@@ -6,6 +6,7 @@ import numpy as np
 
 from servegym.baselines import interface as i
 from servegym.baselines.features import Float32Array
+from servegym.baselines.placement_features import SETTINGS
 from servegym.engine_bridge.decisions import Decisions
 from servegym.engine_bridge.manifest import GoldenPair
 
@@ -44,6 +45,7 @@ def draw_dispatch(rng: np.random.Generator) -> tuple[i.FloatArray, i.FloatArray]
     engines[:, i.E_MAX_BATCHED_TOKENS] = 8192
     engines[:, i.E_PREFILL_TOKENS_PER_S] = np.round(rng.uniform(5e3, 1e5, count))
     engines[:, i.E_DECODE_STEP_S] = np.round(rng.uniform(0.005, 0.02, count), 5)
+    engines[:, i.E_MOE_PRESSURE] = np.round(rng.lognormal(0.0, 0.1, count), 4)
     request = np.zeros(i.REQUEST_COLUMNS)
     request[i.R_NOW_S] = request[i.R_ARRIVAL_S] = 100.0
     request[i.R_PROMPT_TOKENS] = prompt
@@ -85,9 +87,25 @@ def draw_queue(rng: np.random.Generator) -> tuple[i.FloatArray, i.FloatArray]:
     return context, queue
 
 
+def draw_placement(rng: np.random.Generator) -> tuple[i.FloatArray, i.FloatArray]:
+    """Draw the load of 4 to 64 experts per rank, and all settings of a placement.
+
+    Returns:
+        the row of ``PLACEMENT_CONTEXT``, and the number of each setting, shape (settings, 1).
+    """
+    tokens, drift, imbalance = rng.uniform(0.0, 12.0), rng.uniform(0.0, 0.5), rng.exponential(0.3)
+    layers, experts = rng.integers(4, 65) / 64.0, np.log(rng.choice([4, 8, 16, 32, 64]))
+    skew, source_mix = rng.exponential(0.1), rng.uniform(0.0, 0.3)
+    context = np.round([tokens, drift, imbalance, layers, experts, skew, source_mix], 4)
+    return context, np.arange(len(SETTINGS), dtype=np.float64)[:, None]
+
+
+_DRAWN = {"engine": draw_dispatch, "request": draw_queue, "expert": draw_placement}
+
+
 def draw_decision(decisions: Decisions, rng: np.random.Generator) -> tuple[i.FloatArray, i.FloatArray]:
     """Draw a decision of a kind: the row of its context and the matrix of its candidates."""
-    return draw_dispatch(rng) if decisions.layer == "engine" else draw_queue(rng)
+    return _DRAWN[decisions.layer](rng)
 
 
 def golden_pair(decisions: Decisions, context: i.FloatArray, items: i.FloatArray, logits: Float32Array) -> GoldenPair:

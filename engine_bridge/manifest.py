@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
@@ -65,20 +66,25 @@ class Manifest(Config):
     """Contents of ``policy.json``, in order."""
 
     schema_version: Literal[2]
-    layer: Literal["engine", "request"]
+    layer: Literal["engine", "request", "expert"]
     architecture: Literal["set_scorer", "index_scorer"] = Field(description="a formula of servegym.agents.networks")
     widths: Widths
-    item_features: tuple[str, ...] = Field(description="of a candidate, in order: servegym.engine_bridge.decisions")
+    item_features: tuple[str, ...] = Field(
+        description="of a candidate, in the order of the weights, among those of servegym.engine_bridge.decisions"
+    )
     context_features: tuple[str, ...] = Field(description="of what the candidates share")
     action: str = Field(description="what an answer means")
     mask: str = Field(description="what becomes of candidates that may not be chosen")
+    budget_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="of an engine's token budget, that a request policy lets a step use; null: all of it"
+    )
     normalisation: None = Field(description="none: the features have fixed scales")
     training: Provenance
     packages: dict[str, str] = Field(description="versions that the policy was trained with")
     weights_sha256: Sha256 = Field(description="of policy.safetensors")
     golden: Annotated[tuple[GoldenPair, ...], Field(min_length=GOLDEN_PAIRS, max_length=GOLDEN_PAIRS)]
 
-    @property
+    @cached_property
     def decisions(self) -> Decisions:
-        """The kind of decisions that the policy makes."""
-        return DECISIONS[self.layer]
+        """The kind of decisions that the policy makes, with the features that it was trained with."""
+        return DECISIONS[self.layer].only(self.item_features, self.context_features)

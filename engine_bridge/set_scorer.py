@@ -18,6 +18,8 @@ from servegym.baselines.interface import E_AVAILABLE, R_LAST_ENGINE, FloatArray
 from servegym.baselines.queue_features import fill_queue_context, fill_request_features
 from servegym.compilation import compiled
 
+Names = tuple[str, ...]
+
 # Features of an item and of the context, width; the packed weights follow.
 _HEADER = 3
 
@@ -44,6 +46,24 @@ def weight_shapes(items: int, context: int, width: int, pooled: bool) -> dict[st
     if not pooled:
         del shapes["pooled.weight"]
     return shapes
+
+
+def widened(
+    weights: Mapping[str, Float32Array], own: tuple[Names, Names], known: tuple[Names, Names]
+) -> dict[str, Float32Array]:
+    """Return the weights of the same network over more features, those of the others 0.
+
+    Args:
+        weights: as of :func:`weight_shapes`.
+        own: names of the features of a candidate and of the context that the network sees.
+        known: names of those that it is to see; ``own`` among them.
+    """
+    found = dict(weights)
+    for name, kind in (("encoder.item.weight", 0), ("prior.weight", 0), ("encoder.context.weight", 1)):
+        wide = np.zeros((len(weights[name]), len(known[kind])), dtype=np.float32)
+        wide[:, [known[kind].index(feature) for feature in own[kind]]] = weights[name]
+        found[name] = wide
+    return found
 
 
 class SetScorer:
@@ -106,7 +126,7 @@ def compiled_dispatch(request: FloatArray, engines: FloatArray, params: FloatArr
     Args:
         request: row of ``R_*`` entries, shape (REQUEST_COLUMNS,).
         engines: matrix of ``E_*`` columns, shape (engines, ENGINE_COLUMNS).
-        params: result of :meth:`SetScorer.packed`.
+        params: result of :meth:`SetScorer.packed`, of a network over all ``ENGINE_FEATURES``.
         out: output, shape (engines,); infinity at engines that take no requests.
     """
     count = engines.shape[0]
@@ -123,6 +143,20 @@ def compiled_dispatch(request: FloatArray, engines: FloatArray, params: FloatArr
     pooled_at = item_bias_at + width
     head_at = pooled_at + 2 * width * width
     prior_at = head_at + width
+
+    first = int(request[R_LAST_ENGINE]) + 1
+    for i in range(count):
+        if engines[i, E_AVAILABLE] > 0.0:
+            out[i] = TURN * ((i - first) % count)
+            for k in range(inputs):
+                out[i] -= features[i, k] * params[prior_at + k]
+        else:
+            out[i] = np.inf
+    linear = True
+    for j in range(width):
+        linear = linear and params[head_at + j] == 0.0
+    if linear:
+        return
 
     shared = params[bias_at:request_at].copy()
     _add_product(request_features, params, request_at, shared)
@@ -143,18 +177,12 @@ def compiled_dispatch(request: FloatArray, engines: FloatArray, params: FloatArr
     shared[:] = params[item_bias_at:pooled_at]
     _add_product(pooled, params, pooled_at, shared)
     scored = np.empty(width)
-    logit = np.empty(1)
-    first = int(request[R_LAST_ENGINE]) + 1
     for i in range(count):
         if engines[i, E_AVAILABLE] > 0.0:
             scored[:] = shared
             _add_product(hidden[i], params, item_at, scored)
-            logit[0] = 0.0
-            _add_product(np.maximum(scored, 0.0), params, head_at, logit)
-            _add_product(features[i], params, prior_at, logit)
-            out[i] = TURN * ((i - first) % count) - logit[0]
-        else:
-            out[i] = np.inf
+            for j in range(width):
+                out[i] -= max(scored[j], 0.0) * params[head_at + j]
 
 
 def compiled_admission(request: FloatArray, context: FloatArray, params: FloatArray) -> float:
@@ -163,7 +191,7 @@ def compiled_admission(request: FloatArray, context: FloatArray, params: FloatAr
     Args:
         request: row of ``Q_*`` entries, shape (QUEUE_COLUMNS,).
         context: row of ``C_*`` entries, shape (CONTEXT_COLUMNS,).
-        params: result of :meth:`SetScorer.packed`.
+        params: result of :meth:`SetScorer.packed`, of a network over all ``REQUEST_OWN_FEATURES``.
     """
     inputs, shared, width = int(params[0]), int(params[1]), int(params[2])
     features = np.empty(inputs, dtype=np.float32)

@@ -10,6 +10,7 @@ from servegym.baselines.engine.pressure import Gimbal2
 from servegym.baselines.engine.programs import Autellix, Preble, SMetric
 from servegym.baselines.engine.routers import Dynamo, LlmD, RayPrefix, SgLang
 from servegym.baselines.engine.session_sticky import SessionSticky
+from servegym.baselines.engine.size_interval import Sita
 from servegym.baselines.engine.unfinished_work import JswOracle
 from servegym.baselines.engine.vllm import Vllm, Vllm0p9, Vllm2025p11
 
@@ -34,6 +35,7 @@ __all__ = [
     "SMetric",
     "SessionSticky",
     "SgLang",
+    "Sita",
     "Vllm",
     "Vllm0p9",
     "Vllm2025p11",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -46,6 +47,71 @@ class Trigger(Heuristic):
     def pays(self, load: ExpertLoad, current: Placement, wanted: Placement) -> bool:
         """Whether to move."""
         raise NotImplementedError
+
+
+@register("expert", "periodic", source="vLLM 0.32, step_interval and window_size of its EPLB")
+class Periodic(Trigger):
+    """Ask the inner policy at every ``every``-th opportunity only, with the load of the last ``windows`` windows.
+
+    vLLM's interval and window are settings of the engine; asked often, this rule makes them parameters of a policy.
+    ``every=12,windows=4`` at opportunities every 250 steps is vLLM's default, 3000 steps with a window of 1000. As
+    there, the first time comes after a quarter of the interval.
+    """
+
+    class Params(Wrapped):
+        """Parameters."""
+
+        every: Annotated[int, Field(ge=1)] = Field(
+            default=12, description="opportunities from one question to the next"
+        )
+        windows: Annotated[int, Field(ge=1)] = Field(default=4, description="windows of load that are summed")
+
+    params: Params
+
+    def __init__(self, params: Params | None = None) -> None:
+        super().__init__(params)
+        self._start()
+
+    def reset(self, seed: int) -> None:
+        """Forget the loads, and begin a new interval."""
+        super().reset(seed)
+        self._start()
+
+    def _start(self) -> None:
+        self._left = (self.params.every + 3) // 4
+        self._seen: list[ExpertLoad] = []
+
+    def place(self, load: ExpertLoad, current: Placement) -> Placement | None:
+        """Return the inner policy's placement for the summed loads where an interval has passed."""
+        self._seen = [*self._seen, load][-self.params.windows :]
+        self._left -= 1
+        if self._left > 0:
+            return None
+        self._left = self.params.every
+        return super().place(_summed(self._seen), current)
+
+    def pays(self, load: ExpertLoad, current: Placement, wanted: Placement) -> bool:
+        """Whether to move: always."""
+        return True
+
+
+def _summed(loads: Sequence[ExpertLoad]) -> ExpertLoad:
+    """One window of several; what a single one lacks is absent."""
+
+    def total(name: str) -> FloatArray | None:
+        parts = [getattr(load, name) for load in loads]
+        return None if any(part is None for part in parts) else np.sum(parts, axis=0)
+
+    newest = loads[-1]
+    return ExpertLoad(
+        tokens=np.sum([load.tokens for load in loads], axis=0),
+        by_source=total("by_source"),
+        coactivation=total("coactivation"),
+        steps=sum(load.steps for load in loads),
+        future=newest.future,
+        expert_bytes=newest.expert_bytes,
+        top_k=newest.top_k,
+    )
 
 
 @register("expert", "prism", source="Prism, arXiv 2508.12851: cost(new) + migration < cost(old)")

@@ -1,6 +1,7 @@
 """Orders of the waiting queue of one engine."""
 
 from servegym.baselines.request.arrival import Fcfs, Priority
+from servegym.baselines.request.chunked import Chunked
 from servegym.baselines.request.deadline import Edf, Llf
 from servegym.baselines.request.fairness import Vtc
 from servegym.baselines.request.levels import Mlfq
@@ -9,6 +10,7 @@ from servegym.baselines.request.prompt import SjfAge, SpfAging
 from servegym.baselines.request.response_ratio import Ewsjf, Hrrn
 
 __all__ = [
+    "Chunked",
     "Edf",
     "Ewsjf",
     "Fcfs",

@@ -55,6 +55,20 @@ class ClusterFile(Config):
     )
     ready_timeout_s: Annotated[float, Field(gt=0)] = Field(default=300.0, description="until the first completion")
     attach: tuple[str, ...] = Field(default=(), description="URLs of engines that run already; nothing is started")
+    discover: str | None = Field(
+        default=None,
+        description="URL of a host name whose addresses are the engines, a headless Service say; for deploy alone",
+    )
+    most_engines: Count = Field(default=16, description="that discover may find")
+
+    @field_validator("discover")
+    @classmethod
+    def _is_plain_url(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        if urlsplit(url).scheme != "http":
+            raise ValueError(f"a URL like http://engines:8000, got {url!r}")
+        return cls._are_urls((url,))[0]
 
     @field_validator("attach")
     @classmethod
@@ -72,7 +86,9 @@ class ClusterFile(Config):
 
     @model_validator(mode="after")
     def _one_per_engine(self) -> Self:
-        if self.attach:
+        if self.attach and self.discover is not None:
+            raise ValueError("attach or discover, not both")
+        if self.attach or self.discover is not None:
             return self
         for name in ("ports", "cores", "gpus"):
             values = getattr(self, name)

@@ -120,6 +120,22 @@ class LiveCluster:
         path = self.folder / POLICY
         return read_policy(path)[1] if path.is_file() else None
 
+    @contextmanager
+    def restoring_policy(self) -> Iterator[None]:
+        """Put the request policy of before in force again on leaving."""
+        before = self.request_policy
+        try:
+            yield
+        finally:
+            if before is not None:
+                self.set_request_policy(before)
+
+    @property
+    def failed_decisions(self) -> int:
+        """How often a request policy has failed in the engines' schedulers, which then ordered by arrival."""
+        states = [engine.shim_state() for engine in self.engines]
+        return sum(int(state["failures"]) for state in states if state is not None)
+
     def set_request_policy(self, spec: PolicySpec) -> int:
         """Let the engines' schedulers follow another request policy, within a second.
 
@@ -174,6 +190,8 @@ def start_cluster(file: ClusterFile, folder: Path, say: Say = lambda text: None)
         InputError: a port in use, a cluster that runs already, an address where no engine answers.
         EngineError: an engine that does not start; those that did are ended.
     """
+    if file.discover is not None:
+        raise InputError(file.name, "discover", "such engines are for `servegym deploy`; allowed here: attach")
     earlier = find_cluster(folder)
     if earlier is not None and any(engine.pid is not None and group_alive(engine.pid) for engine in earlier.engines):
         raise InputError(str(folder), "", f"the cluster runs already; end it: servegym cluster down {file.name}")

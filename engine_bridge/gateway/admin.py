@@ -40,9 +40,11 @@ class Admin:
     Args:
         gateway: what it is about.
         facts: what else ``/status`` shows.
+        ready: whether requests are decided about.
     """
 
-    def __init__(self, gateway: Gateway, facts: Mapping[str, Any]) -> None:
+    def __init__(self, gateway: Gateway, facts: Mapping[str, Any], ready: Callable[[], bool] = lambda: True) -> None:
+        self._ready = ready
         self._gateway = gateway
         self._facts = facts
         self._swapping = asyncio.Lock()
@@ -61,8 +63,14 @@ class Admin:
         )
         return app
 
+    def open_app(self) -> web.Application:
+        """Return an application that anybody may ask: it tells of health and metrics, and changes nothing."""
+        app = web.Application()
+        app.add_routes([web.get("/health", self._health), web.get("/metrics", self._metrics)])
+        return app
+
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response(text="ok")
+        return web.Response(text="ok") if self._ready() else web.Response(status=503, text="not serving")
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._gateway.metrics.page(), headers={"Content-Type": "text/plain; version=0.0.4"})
@@ -74,6 +82,7 @@ class Admin:
         """Return what ``servegym deploy status`` shows."""
         gateway, arms = self._gateway, self._gateway.arms
         ages = gateway.table.telemetry_age_s(gateway.now())
+        recent = gateway.recent.summary(gateway.now(), len(gateway.endpoints))
         engines = [
             {
                 "endpoint": endpoint,
@@ -84,8 +93,11 @@ class Admin:
                 "running": int(row[E_RUNNING]),
                 "kv_usage": round(float(row[E_KV_USAGE]), 4),
                 "telemetry_age_s": round(float(ages[engine]), 3),
+                "ejections": gateway.health.ejections(engine),
             }
+            | recent["engines"][engine]
             for engine, (endpoint, row) in enumerate(zip(gateway.endpoints, gateway.table.data, strict=True))
+            if endpoint
         ]
         return dict(self._facts) | {
             "mode": arms.mode,
@@ -96,6 +108,8 @@ class Admin:
             "uptime_s": round(gateway.now(), 1),
             "in_flight": gateway.in_flight,
             "fallbacks": dict(arms.policy.policy.fallbacks),
+            "causes": dict(arms.policy.policy.causes),
+            "recent": {key: value for key, value in recent.items() if key != "engines"},
             "engines": engines,
         }
 
@@ -112,8 +126,8 @@ class Admin:
     async def _drain(self, content: Mapping[str, Any]) -> None:
         wanted = validate(DrainRequest, content, "deploy drain")
         endpoint = wanted.engine.rstrip("/").rpartition("://")[2]
-        if endpoint not in self._gateway.endpoints:
-            known = ", ".join(self._gateway.endpoints)
+        known = ", ".join(filter(None, self._gateway.endpoints))
+        if not endpoint or endpoint not in self._gateway.endpoints:
             raise InputError("deploy drain", "engine", f"got {wanted.engine}; allowed: {known}")
         self._gateway.health.drain(self._gateway.endpoints.index(endpoint), wanted.drain)
 

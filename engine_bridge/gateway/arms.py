@@ -58,6 +58,29 @@ def make_arm(spec: PolicySpec, version: int, deadline_s: float, seed: int) -> Ar
     return Arm(spec, version, GuardedPolicy(policy, deadline_s), trusted)
 
 
+def rehearse(arm: Arm, views: Sequence[tuple[RequestView, EngineViews]]) -> str:
+    """Let a policy answer what was asked before; say why it cannot, empty if it can."""
+    for number, (request, engines) in enumerate([views[0], *views]):
+        reason = arm.policy.score(request, engines).fallback
+        # The very first call may load or compile something, and be late for once.
+        if reason and not (number == 0 and reason == "late"):
+            return arm.policy.causes.get(reason, reason)
+    arm.policy.fallbacks.clear()
+    return ""
+
+
+def check_policy(spec: PolicySpec, deadline_s: float) -> None:
+    """Make sure that a policy can be loaded and answers a made-up request.
+
+    Raises:
+        InputError: it does not.
+    """
+    arm = make_arm(spec, 0, deadline_s, 0)
+    reason = rehearse(arm, [_first_view()])
+    if reason:
+        raise InputError("policy", arm.name, f"fails on a made-up request ({reason})")
+
+
 class Arms:
     """A policy and its baseline, and who of them decides.
 
@@ -93,12 +116,9 @@ class Arms:
             InputError: it cannot be loaded, or fails on one of the views.
         """
         arm = make_arm(spec, self.policy.version + 1, self._deadline_s, self._seed)
-        for request, engines in views:
-            scored = arm.policy.score(request, engines)
-            if scored.fallback:
-                raise InputError(
-                    "policy", arm.name, f"fails on recorded requests ({scored.fallback}); the old one stays"
-                )
+        reason = rehearse(arm, views)
+        if reason:
+            raise InputError("policy", arm.name, f"fails on recorded requests ({reason}); the old one stays")
         return arm
 
     def install(self, arm: Arm, mode: Mode | None = None, percent: float | None = None) -> None:

@@ -62,6 +62,9 @@ class DeployConfig(Config):
     listen: str = Field(default="127.0.0.1:8000", description="address of the OpenAI-compatible endpoint")
     picker: str = Field(default="127.0.0.1:0", description="address of the Endpoint Picker (gRPC); port 0: any")
     admin: str = Field(default="127.0.0.1:0", description="address of metrics and status; port 0: any")
+    metrics: str | None = Field(
+        default=None, description="address of a page with metrics and health alone, for others to read; it may be open"
+    )
     open_to_all: bool = Field(default=False, description="allow listen beyond loopback without api_key_file")
     api_key_file: Path | None = Field(default=None, description="keys of clients, one a line (Authorization: Bearer)")
     tls: Tls | None = Field(default=None, description="for listen")
@@ -83,9 +86,11 @@ class DeployConfig(Config):
     log: Path | None = Field(default=None, description="decision log, .jsonl; default: decisions.jsonl in the folder")
     log_observations: bool = Field(default=False, description="with what the policy saw, for learning from the log")
 
-    @field_validator("listen", "picker", "admin")
+    @field_validator("listen", "picker", "admin", "metrics")
     @classmethod
-    def _is_address(cls, value: str) -> str:
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         host, _, port = value.rpartition(":")
         try:
             ipaddress.ip_address(host.strip("[]"))

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from servegym.engine_bridge.gateway.decision_log import DecisionLog, DecisionRec
 from servegym.engine_bridge.gateway.incoming import PATHS, BadRequestError, ParsedRequest, parse
 from servegym.engine_bridge.gateway.messages import Decision, IncomingRequest, Outcome, Progress
 from servegym.engine_bridge.gateway.metrics import GatewayMetrics
+from servegym.engine_bridge.gateway.recent import RecentTraffic
 from servegym.engine_bridge.gateway.static_key import StaticKey
 from servegym.engine_bridge.router.guard import Scored
 from servegym.engine_bridge.router.health import Health
@@ -50,7 +51,7 @@ class Gateway:
 
     Args:
         config: settings.
-        endpoints: of the engines, ``host:port``.
+        endpoints: of the engines, ``host:port``; "" is a place for one that may come (:meth:`found`).
         arms: the policies.
         log: of decisions.
         metrics: where they are counted.
@@ -68,15 +69,18 @@ class Gateway:
         static_key: StaticKey | None = None,
         on_health: Callable[[], None] = lambda: None,
     ) -> None:
-        self.endpoints = tuple(endpoints)
+        self._endpoints = list(endpoints)
+        self.urls = [f"http://{endpoint}" for endpoint in endpoints]
         self.arms = arms
         self.table = EngineTable([config.engine] * len(endpoints), config.prefix)
-        self.health = Health(self.table, lambda engine: on_health())
+        vacant = [engine for engine, endpoint in enumerate(endpoints) if not endpoint]
+        self.health = Health(self.table, lambda engine: on_health(), vacant)
         self.metrics = metrics
+        self.recent = RecentTraffic()
         self._config = config
         self._log = log
         self._static_key = static_key
-        self._engine_of = {endpoint: engine for engine, endpoint in enumerate(endpoints)}
+        self._engine_of = {endpoint: engine for engine, endpoint in enumerate(endpoints) if endpoint}
         self._flights: dict[str, _Flight] = {}
         self._turns: OrderedDict[int, int] = OrderedDict()
         self._count = 0
@@ -84,11 +88,16 @@ class Gateway:
         self._start_s = time.monotonic()
         self._chars_per_token = config.chars_per_token
         self._one_at_a_time = asyncio.Lock()
-        metrics.watch(self.table, self.health, self.endpoints, self.now)
+        metrics.watch(self.table, self.health, self._endpoints, self.now)
 
     def now(self) -> float:
         """Return seconds on the gateway's clock."""
         return time.monotonic() - self._start_s
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The engines, in the order of the table; "" where there is none."""
+        return tuple(self._endpoints)
 
     @property
     def in_flight(self) -> int:
@@ -97,8 +106,38 @@ class Gateway:
 
     def healthy_endpoints(self) -> tuple[str, ...]:
         """Return the engines that may be sent to; all of them if none may."""
-        open_ = tuple(e for n, e in enumerate(self.endpoints) if self.health.available(n))
-        return open_ or self.endpoints
+        open_ = tuple(e for n, e in enumerate(self._endpoints) if self.health.available(n))
+        return open_ or tuple(e for n, e in enumerate(self._endpoints) if self.health.present(n))
+
+    def found(self, endpoints: Collection[str]) -> tuple[str, ...]:
+        """Take note of which engines there are.
+
+        One that is gone gets nothing new, and keeps its place until its requests have ended; it may come back to it.
+
+        Returns:
+            Those for which there is no place.
+        """
+        for engine, endpoint in enumerate(self._endpoints):
+            there = endpoint in endpoints
+            if there and not self.health.present(engine):
+                self.health.join(engine)
+            elif not there and self.health.present(engine):
+                self.health.leave(engine)
+        return tuple(
+            endpoint for endpoint in sorted(set(endpoints) - set(self._endpoints)) if not self._place(endpoint)
+        )
+
+    def _place(self, endpoint: str) -> bool:
+        """Give an engine a place whose last one is gone and has no requests left; whether there is one."""
+        for engine in range(len(self._endpoints)):
+            if not self.health.present(engine) and self.table.data[engine, E_INFLIGHT] == 0:
+                self._engine_of.pop(self._endpoints[engine], None)
+                self._engine_of[endpoint] = engine
+                self._endpoints[engine], self.urls[engine] = endpoint, f"http://{endpoint}"
+                self.table.renew(engine)
+                self.health.join(engine, anew=True)
+                return True
+        return False
 
     async def decide(self, request: IncomingRequest) -> Decision:
         """Say where a request goes, or what it is answered; never raises."""
@@ -131,7 +170,7 @@ class Gateway:
         view = self._view(request, parsed)
         engines = self.table.view(view, parsed.blocks)
         if request.subset is not None:
-            inside = [endpoint in request.subset for endpoint in self.endpoints]
+            inside = [endpoint in request.subset for endpoint in self._endpoints]
             engines.data[~np.array(inside), E_AVAILABLE] = 0.0
         if not (engines.available > 0).any():
             return self._refuse(503, "no engine", "no engine is ready", limits.retry_after_s)
@@ -143,17 +182,20 @@ class Gateway:
         order, propensity = self._order(scored.scores, engines, view)
         engine = order[0]
         record = self._record(request, parsed, acting, scored, view, engines, engine, propensity)
+        agrees = None
         if watching is not None:
             shadow = await self.arms.score(watching, view, engines)
             choice = _ranked(shadow.scores, engines.available)[0]
             record.shadow, record.shadow_engine = watching.name, choice
-            self.metrics.shadow(watching.name, choice == engine)
+            agrees = choice == engine
+            self.metrics.shadow(watching.name, agrees)
             self.metrics.fallback(watching.name, shadow.fallback)
         self.table.dispatched(view, engine, parsed.blocks)
         for arm in (self.arms.policy, self.arms.baseline):
             arm.policy.tell("on_dispatch", view, engine)
         self._flights[request.request_id] = _Flight(view.index, engine, order, parsed, acting, record)
-        self.metrics.decided(acting.name, self.endpoints[engine], time.perf_counter() - begun)
+        self.metrics.decided(acting.name, self._endpoints[engine], time.perf_counter() - begun)
+        self.recent.sent(view.now_s, acting.name, engine, agrees)
         self.metrics.fallback(acting.name, scored.fallback)
         headers = {}
         if self._static_key is not None:
@@ -167,7 +209,7 @@ class Gateway:
                     parsed.predicted_tokens,
                 )
             )
-        return Decision(200, tuple(self.endpoints[one] for one in order), headers)
+        return Decision(200, tuple(self._endpoints[one] for one in order), headers)
 
     def progressed(self, progress: Progress) -> None:
         """Take note of a first token."""
@@ -184,12 +226,12 @@ class Gateway:
         now, record = self.now(), flight.record
         if outcome.endpoint is not None:
             self._settle(flight, outcome.endpoint)
-        endpoint = self.endpoints[flight.engine]
+        endpoint = self._endpoints[flight.engine]
         # Engines that were tried before the one that answered.
         for engine in flight.order[: max(outcome.attempts - 1, 0)]:
             if engine != flight.engine:
                 self.health.served(engine, False, now)
-                self.metrics.retried(self.endpoints[engine])
+                self.metrics.retried(self._endpoints[engine])
         if outcome.ttft_s is not None and not flight.first_token:
             self._first(flight, outcome.ttft_s)
         good = outcome.complete and outcome.status < 500
@@ -207,6 +249,8 @@ class Gateway:
             self._chars_per_token += _TEXT_WEIGHT * (measured - self._chars_per_token)
         ended = "client left" if outcome.client_left else "complete" if good else "failed"
         self.metrics.ended(flight.arm.name, endpoint, outcome, ended)
+        if ended != "complete":
+            self.recent.unserved(now, ended)
         record.end(flight.engine, outcome, ended)
         self._log.write(record)
 
@@ -292,6 +336,7 @@ class Gateway:
         flight.first_token = True
         at = flight.record.arrival_s + ttft_s
         self.table.first_token(flight.index, at)
+        self.recent.first_token(self.now(), flight.arm.name, flight.engine, ttft_s)
         for arm in (self.arms.policy, self.arms.baseline):
             arm.policy.tell("on_first_token", flight.index, flight.engine, at)
 
@@ -313,6 +358,7 @@ class Gateway:
 
     def _refuse(self, status: int, reason: str, message: str, retry_after_s: float | None = None) -> Decision:
         self.metrics.refused(reason, status)
+        self.recent.unserved(self.now(), "refused")
         return Decision(status, message=message, retry_after_s=retry_after_s)
 
 

@@ -71,7 +71,7 @@ class GatewayMetrics:
         }
 
     def watch(self, table: EngineTable, health: Health, endpoints: Sequence[str], now: Callable[[], float]) -> None:
-        """Report the engines of a table, as they are when the page is read."""
+        """Report the engines of a table, as they are when the page is read; "" is nobody's place."""
         self._registry.register(_Engines(table, health, endpoints, now))
 
     def page(self) -> bytes:
@@ -124,13 +124,14 @@ class _Engines:
         up = GaugeMetricFamily("servegym_engine_available", "1 if it may be sent to", labels=["engine"])
         age = GaugeMetricFamily("servegym_engine_telemetry_age_seconds", "Since its last reading", labels=["engine"])
         ages = self._table.telemetry_age_s(self._now())
-        for engine, endpoint in enumerate(self._endpoints):
+        engines = [(engine, endpoint) for engine, endpoint in enumerate(self._endpoints) if endpoint]
+        for engine, endpoint in engines:
             up.add_metric([endpoint], float(self._health.available(engine)))
             age.add_metric([endpoint], float(ages[engine]))
         yield up
         yield age
         for name, (column, text) in _GAUGES.items():
             gauge = GaugeMetricFamily(f"servegym_engine_{name}", text, labels=["engine"])
-            for engine, endpoint in enumerate(self._endpoints):
+            for engine, endpoint in engines:
                 gauge.add_metric([endpoint], float(self._table.data[engine, column]))
             yield gauge

@@ -52,11 +52,16 @@ class Picker:
 
     Args:
         core: decides.
+
+    Attributes:
+        serving: what health checks are told.
+        streams: conversations that are open; one lasts as long as its response where the gateway streams both ways.
     """
 
     def __init__(self, core: DecisionCore) -> None:
         self._core = core
         self.serving = False
+        self.streams = 0
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """Return the services for a server: the picker under Envoy's name, and health."""
@@ -82,6 +87,7 @@ class Picker:
         self, messages: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[Any]:
         stream = _Stream(self._core)
+        self.streams += 1
         try:
             async for message in messages:
                 for answer in await stream.take(message):
@@ -89,6 +95,7 @@ class Picker:
                     if answer.WhichOneof("response") == "immediate_response":
                         return
         finally:
+            self.streams -= 1
             stream.close()
 
 

@@ -33,6 +33,7 @@ from servegym.engine_bridge.gateway.envoy_config import envoy_config, write_json
 from servegym.engine_bridge.gateway.metrics import GatewayMetrics
 from servegym.engine_bridge.gateway.picker import Picker
 from servegym.engine_bridge.gateway.static_key import StaticKey
+from servegym.engine_bridge.router.discovery import Discovery, discover, endpoint_of
 from servegym.engine_bridge.router.telemetry import watch
 from servegym.errors import EngineError, InputError
 
@@ -77,7 +78,7 @@ def endpoints_of(urls: Sequence[str]) -> tuple[str, ...]:
             address = str(socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)[0][4][0])
         except OSError as error:
             raise InputError("deploy", "engines", f"got {url}: {error.strerror}") from None
-        endpoints.append(f"[{address}]:{parts.port}" if ":" in address else f"{address}:{parts.port}")
+        endpoints.append(endpoint_of(address, parts.port))
     return tuple(endpoints)
 
 
@@ -87,6 +88,7 @@ async def deployed(
     folder: Path,
     urls: Sequence[str],
     *,
+    discovery: Discovery | None = None,
     static_key: StaticKey | None = None,
     with_envoy: bool = True,
     facts: dict[str, Any] | None = None,
@@ -97,7 +99,8 @@ async def deployed(
     Args:
         config: settings.
         folder: for state, logs and Envoy's files; made if absent.
-        urls: of the engines.
+        urls: of the engines; none with ``discovery``.
+        discovery: engines that come and go.
         static_key: priority of requests, where the engines take one.
         with_envoy: start Envoy; otherwise only the picker, for a gateway that brings its own.
         facts: what else ``deploy status`` shows.
@@ -107,34 +110,40 @@ async def deployed(
         InputError: an address in use, a policy that cannot be loaded, a log that cannot be written.
         EngineError: Envoy does not start.
     """
+    if with_envoy and config.picker_tls is not None:
+        raise InputError("deploy", "picker_tls", "is for gateways that bring their own Envoy; allowed: with --no-envoy")
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     _end_earlier(folder, config.name)
     log = DecisionLog(config.log or folder / "decisions.jsonl", config.prefix.block_tokens)
     deadline_s = config.deadline_ms / 1000
+    endpoints = endpoints_of(urls) if discovery is None else ("",) * discovery.most_engines
     arms = Arms(config.policy, config.baseline, config.mode, config.percent, deadline_s, config.seed)
     envoy: Envoy | None = None
 
     def rewrite() -> None:
         up = gateway.healthy_endpoints()
-        _logger.warning("engines in rotation: %s", ", ".join(up))
+        _logger.warning("engines in rotation: %s", ", ".join(up) or "none")
         if envoy is not None:
             envoy.write_endpoints(up)
 
-    gateway = Gateway(config, endpoints_of(urls), arms, log, GatewayMetrics(), static_key, rewrite)
+    gateway = Gateway(config, endpoints, arms, log, GatewayMetrics(), static_key, rewrite)
     picker = Picker(gateway)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(log.close)
         picker_address = await stack.enter_async_context(_grpc_server(config, picker, gateway))
         listen = _with_port(config.listen, "listen") if with_envoy else None
         known = {"name": config.name, "listen": listen, "picker": picker_address, "pid": os.getpid()} | (facts or {})
-        admin_address = await stack.enter_async_context(_admin_server(config, Admin(gateway, known)))
+        admin = Admin(gateway, known, lambda: picker.serving)
+        admin_address = await stack.enter_async_context(_web_server(config.admin, "admin", admin.app()))
+        if config.metrics is not None:
+            known["metrics"] = await stack.enter_async_context(_web_server(config.metrics, "metrics", admin.open_app()))
         if with_envoy:
             assert listen is not None
             page = f"127.0.0.1:{free_port('127.0.0.1')}"
             settings = config.model_copy(update={"listen": listen})
-            envoy = Envoy(folder, envoy_config(settings, folder, picker_address, len(urls), page), page)
-            envoy.write_endpoints(gateway.endpoints)
+            envoy = Envoy(folder, envoy_config(settings, folder, picker_address, len(endpoints), page), page)
+            envoy.write_endpoints(gateway.healthy_endpoints())
             await envoy.start()
             stack.callback(envoy.stop)
         session = await stack.enter_async_context(aiohttp.ClientSession())
@@ -142,13 +151,14 @@ async def deployed(
             _background(
                 watch(
                     session,
-                    urls,
+                    gateway.urls,
                     gateway.table,
                     gateway.health,
                     period_s=config.telemetry_period_s,
                     clock=gateway.now,
                 ),
                 _housekeeping(gateway),
+                *([] if discovery is None else [_discover(gateway, discovery, say)]),
                 *([] if envoy is None else [_keep_alive(envoy, folder, known, admin_address, say)]),
             )
         )
@@ -159,7 +169,7 @@ async def deployed(
             yield Deployment(listen, picker_address, admin_address, gateway, envoy)
         finally:
             picker.serving = False
-            await _drain(gateway, envoy, config.drain_s, say)
+            await _drain(picker, gateway, envoy, config.drain_s, say)
 
 
 async def serve(
@@ -167,6 +177,7 @@ async def serve(
     folder: Path,
     urls: Sequence[str],
     *,
+    discovery: Discovery | None = None,
     static_key: StaticKey | None = None,
     with_envoy: bool = True,
     facts: dict[str, Any] | None = None,
@@ -185,7 +196,7 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     async with deployed(
-        config, folder, urls, static_key=static_key, with_envoy=with_envoy, facts=facts, say=say
+        config, folder, urls, discovery=discovery, static_key=static_key, with_envoy=with_envoy, facts=facts, say=say
     ) as deployment:
         arms = deployment.gateway.arms
         front = "behind your gateway" if deployment.listen is None else f"on http://{deployment.listen}/v1"
@@ -223,9 +234,9 @@ def _credentials(tls: Tls) -> grpc.ServerCredentials:
 
 
 @asynccontextmanager
-async def _admin_server(config: DeployConfig, admin: Admin) -> AsyncIterator[str]:
-    address = _with_port(config.admin, "admin")
-    runner = web.AppRunner(admin.app(), access_log=None)
+async def _web_server(wanted: str, field: str, app: web.Application) -> AsyncIterator[str]:
+    address = _with_port(wanted, field)
+    runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
         await web.TCPSite(runner, *split_address(address)).start()
@@ -251,6 +262,19 @@ async def _housekeeping(gateway: Gateway) -> None:
         gateway.forget()
 
 
+async def _discover(gateway: Gateway, discovery: Discovery, say: Say) -> None:
+    """Give the engines that are found their places."""
+    left: tuple[str, ...] = ()
+
+    def found(endpoints: frozenset[str]) -> None:
+        nonlocal left
+        before, left = left, gateway.found(endpoints)
+        if left and left != before:
+            say(f"no place for {', '.join(left)}: most_engines is {discovery.most_engines}, and requests may still run")
+
+    await discover(discovery.url, found)
+
+
 async def _keep_alive(envoy: Envoy, folder: Path, known: dict[str, Any], admin: str, say: Say) -> None:
     """Start Envoy again when it has died."""
     died = 0
@@ -267,14 +291,15 @@ async def _keep_alive(envoy: Envoy, folder: Path, known: dict[str, Any], admin: 
             _write_state(folder, known, admin, envoy)
 
 
-async def _drain(gateway: Gateway, envoy: Envoy | None, seconds: float, say: Say) -> None:
-    if envoy is None or envoy.ended:
-        return
-    await envoy.close_listener()
+async def _drain(picker: Picker, gateway: Gateway, envoy: Envoy | None, seconds: float, say: Say) -> None:
+    if envoy is not None:
+        if envoy.ended:
+            return
+        await envoy.close_listener()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
     said = False
-    while (active := await envoy.active_requests()) and loop.time() < deadline:
+    while (active := picker.streams if envoy is None else await envoy.active_requests()) and loop.time() < deadline:
         if not said:
             say(f"draining: {active} requests run; again Ctrl-C ends them")
             said = True

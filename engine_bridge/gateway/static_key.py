@@ -30,10 +30,15 @@ class StaticKey:
         prefill_tokens_per_s: of the engines.
 
     Raises:
-        InputError: the policy's order changes while requests wait, or it reads what only an engine knows.
+        InputError: the policy's order changes while requests wait, it reads what only an engine knows, or it sets more
+            than an order.
     """
 
     def __init__(self, policy: RequestPolicy, name: str, prefill_tokens_per_s: float) -> None:
+        if getattr(policy, "budget_share", None) is not None:
+            raise InputError(
+                "request_policy", name, "sets a token budget, which no priority can; allowed with our scheduler only"
+            )
         self._policy = policy
         self._rate = prefill_tokens_per_s
         if getattr(policy, "needs_oracle", False) or getattr(policy, "served_weights", None) is not None:

@@ -6,6 +6,7 @@ A decision that raises, is not finite anywhere, has another shape or comes too l
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import numpy as np
 
 from servegym.baselines.engine.least_requests import LeastRequests
 from servegym.baselines.interface import EnginePolicy, EngineViews, FloatArray, RequestView
+from servegym.baselines.user_code import blame
 
 _FALLBACK = LeastRequests()
+_logger = logging.getLogger("servegym.gateway")
 _HOOKS = ("on_dispatch", "on_first_token", "on_finish")
 
 
@@ -43,10 +46,12 @@ class GuardedPolicy:
 
     Attributes:
         fallbacks: decisions and events that the policy did not cope with, by reason.
+        causes: the first error behind a reason, with file and line where it is in the user's code.
     """
 
     def __init__(self, policy: EnginePolicy, budget_s: float) -> None:
         self.fallbacks: Counter[str] = Counter()
+        self.causes: dict[str, str] = {}
         self._policy = policy
         self._budget_s = budget_s
         self._hooks = {name: getattr(policy, name) for name in _HOOKS if callable(getattr(policy, name, None))}
@@ -59,6 +64,7 @@ class GuardedPolicy:
             scores = np.asarray(self._policy.score(request, engines), dtype=np.float64)
         except Exception as error:
             reason, scores = type(error).__name__, np.zeros(0)
+            self._note(reason, error)
         seconds = time.perf_counter() - start
         open_ = engines.available > 0
         if not reason and scores.shape != (len(engines),):
@@ -80,4 +86,11 @@ class GuardedPolicy:
             try:
                 self._hooks[event](*arguments)
             except Exception as error:
-                self.fallbacks[f"{event}: {type(error).__name__}"] += 1
+                reason = f"{event}: {type(error).__name__}"
+                self.fallbacks[reason] += 1
+                self._note(reason, error)
+
+    def _note(self, reason: str, error: Exception) -> None:
+        if reason not in self.causes:
+            self.causes[reason] = blame(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+            _logger.warning("the policy fails, least_requests stands in: %s", self.causes[reason])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from servegym.engine_bridge.router.table import EngineTable
@@ -15,10 +15,12 @@ _EJECTION_S, _LONGEST_S = 5.0, 60.0
 class _State:
     failed_requests: int = 0
     failed_probes: int = 0
-    ejections: int = 0
+    ejections: int = 0  # in a row: a good request forgets them
+    all_ejections: int = 0
     ejected_until_s: float = 0.0
     ejected: bool = False
     drained: bool = False
+    absent: bool = False
 
 
 class Health:
@@ -31,22 +33,38 @@ class Health:
     Args:
         table: the engines.
         on_change: called with an engine whose availability has changed.
+        vacant: places where no engine is yet.
     """
 
-    def __init__(self, table: EngineTable, on_change: Callable[[int], None] = lambda engine: None) -> None:
+    def __init__(
+        self,
+        table: EngineTable,
+        on_change: Callable[[int], None] = lambda engine: None,
+        vacant: Collection[int] = (),
+    ) -> None:
         self._table = table
-        self._states = [_State() for _ in range(len(table))]
+        self._states = [_State(absent=engine in vacant) for engine in range(len(table))]
         self._on_change = on_change
+        for engine in vacant:
+            table.set_available(engine, False)
 
     def available(self, engine: int) -> bool:
         """Whether an engine may be sent to."""
         state = self._states[engine]
-        return not state.ejected and not state.drained
+        return not state.ejected and not state.drained and not state.absent
+
+    def present(self, engine: int) -> bool:
+        """Whether there is an engine at this place."""
+        return not self._states[engine].absent
 
     def describe(self, engine: int) -> str:
-        """Say ``up``, ``ejected`` or ``draining``."""
+        """Say ``up``, ``ejected``, ``draining`` or ``gone``."""
         state = self._states[engine]
-        return "draining" if state.drained else "ejected" if state.ejected else "up"
+        return "gone" if state.absent else "draining" if state.drained else "ejected" if state.ejected else "up"
+
+    def ejections(self, engine: int) -> int:
+        """Return how often an engine has been ejected."""
+        return self._states[engine].all_ejections
 
     def probed(self, engine: int, good: bool, now_s: float) -> None:
         """Note how a probe ended."""
@@ -73,12 +91,25 @@ class Health:
         self._states[engine].drained = drained
         self._changed(engine)
 
+    def leave(self, engine: int) -> None:
+        """Note that an engine is gone, by the word of those who run it."""
+        self._states[engine].absent = True
+        self._changed(engine)
+
+    def join(self, engine: int, anew: bool = False) -> None:
+        """Note that an engine is there, or there again; ``anew``: another one than before."""
+        if anew:
+            self._states[engine] = _State()
+        self._states[engine].absent = False
+        self._changed(engine)
+
     def _eject(self, engine: int, now_s: float) -> None:
         state = self._states[engine]
         others = any(self.available(other) for other in range(len(self._states)) if other != engine)
         if state.ejected or not others:
             return
         state.ejections += 1
+        state.all_ejections += 1
         state.ejected = True
         state.ejected_until_s = now_s + min(_EJECTION_S * state.ejections, _LONGEST_S)
         self._changed(engine)

@@ -51,6 +51,8 @@ from servegym.configuration import Config
 EWMA_WEIGHT = 0.1
 """Weight of a new latency in the moving averages, as in the simulator."""
 _HOMES = 100_000
+_CONSTANTS = [E_MAX_NUM_SEQS, E_KV_TOKENS, E_MAX_BATCHED_TOKENS, E_PREFILL_TOKENS_PER_S, E_DECODE_STEP_S]
+_UNKNOWN = [E_TRUE_PREFILL_TOKENS, E_TRUE_OUTPUT_TOKENS]
 
 
 class EngineLimits(Config):
@@ -103,7 +105,7 @@ class EngineTable:
             row[E_PREFILL_TOKENS_PER_S] = limit.prefill_tokens_per_s
             row[E_DECODE_STEP_S] = limit.decode_step_s
         self._data[:, [E_AVAILABLE, E_MOE_PRESSURE]] = 1.0
-        self._data[:, [E_TRUE_PREFILL_TOKENS, E_TRUE_OUTPUT_TOKENS]] = np.nan
+        self._data[:, _UNKNOWN] = np.nan
         self._sampled_s = np.zeros(len(limits))
         self._dispatched_at_sample = np.zeros(len(limits))
         self._flights: dict[int, _Flight] = {}
@@ -199,6 +201,20 @@ class EngineTable:
         if flight.first_s is None:
             row[E_PREFILL_REQUESTS] -= 1
             row[E_PREFILL_TOKENS] -= flight.prompt_tokens
+
+    def renew(self, engine: int) -> None:
+        """Let another engine take a place: what was counted and known of the one before is forgotten."""
+        row = self._data[engine]
+        constants = row[_CONSTANTS].copy()
+        row[:] = 0.0
+        row[_CONSTANTS] = constants
+        row[_UNKNOWN] = np.nan
+        row[E_MOE_PRESSURE] = 1.0
+        self._sampled_s[engine] = self._dispatched_at_sample[engine] = 0.0
+        self.prefixes.clear(engine)
+        for homes in (self._users, self._sessions):
+            for key in [key for key, home in homes.items() if home == engine]:
+                del homes[key]
 
     @property
     def data(self) -> FloatArray:

@@ -60,7 +60,7 @@ async def watch(
 
     Args:
         session: HTTP connections.
-        urls: of the engines, in the order of the table.
+        urls: of the engines, in the order of the table; read anew each time, for engines may come and go.
         table: the engines.
         health: hears of each reading, good or not.
         period_s: between two readings of an engine; the engines take their turns within it.
@@ -72,14 +72,21 @@ async def watch(
         await asyncio.sleep(period_s * engine / len(urls))
         while True:
             begun = clock()
+            if not health.present(engine):
+                await asyncio.sleep(period_s)
+                continue
+            url = urls[engine]
             try:
                 timeout = aiohttp.ClientTimeout(total=timeout_s)
-                async with session.get(f"{urls[engine]}/metrics", timeout=timeout) as response:
+                async with session.get(f"{url}/metrics", timeout=timeout) as response:
                     response.raise_for_status()
                     sample = parse_metrics(await response.text())
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
-                health.probed(engine, False, clock())
+                if url == urls[engine]:
+                    health.probed(engine, False, clock())
             else:
+                if url != urls[engine]:
+                    continue
                 table.sampled(engine, sample, begun)
                 health.probed(engine, True, clock())
             await asyncio.sleep(max(period_s - (clock() - begun), 0.0))

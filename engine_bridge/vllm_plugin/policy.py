@@ -80,6 +80,18 @@ class LivePolicy:
         weights: tuple[float, float] | None = getattr(self._policy, "served_weights", None)
         return weights
 
+    @property
+    def budget_share(self) -> float | None:
+        """Share of the engine's token budget that the policy lets a step use; None: all of it."""
+        try:
+            share: float | None = getattr(self._policy, "budget_share", None)
+            if share is None or 0.0 < share <= 1.0:
+                return share
+            self.failed(f"budget_share is {share}; allowed: 0 to 1")
+        except Exception as error:
+            self.failed(f"{type(error).__name__}: {error}")
+        return None
+
     def scores(self, queue: QueueView) -> FloatArray | None:
         """Return the scores of a queue, shape (waiting,), lowest first; None for the order of arrival."""
         if self._policy is None:

@@ -1,9 +1,9 @@
-"""vLLM's scheduler with a waiting queue that a servegym policy orders, anew before each step.
+"""vLLM's scheduler with a waiting queue that a servegym policy orders, anew before each step, and its token budget.
 
 Start an engine with ``--scheduler-cls servegym.engine_bridge.vllm_plugin.scheduler.PolicyAsyncScheduler`` and the
-environment variables of :mod:`.protocol`. Everything else is vLLM's: running requests, the token budget, KV blocks,
-preemption. Where a version of vLLM does not have what this needs, its own order stays in force, and the state file and
-one line of the log say why.
+environment variables of :mod:`.protocol`. Everything else is vLLM's: running requests, KV blocks, preemption, and the
+token budget unless the policy takes a share of it. Where a version of vLLM does not have what this needs, its own order
+stays in force, and the state file and one line of the log say why.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from servegym.baselines.heuristic import token_budget
 from servegym.engine_bridge.vllm_plugin.policy import LivePolicy
 from servegym.engine_bridge.vllm_plugin.protocol import POLICY_VARIABLE, RATE_VARIABLE, STATE_VARIABLE
 from servegym.engine_bridge.vllm_plugin.queue import PolicyQueue
+from servegym.engine_bridge.vllm_plugin.steps import StepRecorder, steps_file
 
 _DEFAULT_RATE = 10_000.0
 
@@ -32,6 +34,8 @@ class _PolicyScheduler:
         self._servegym_rate = float(os.environ.get(RATE_VARIABLE, _DEFAULT_RATE))
         self._servegym_queue: PolicyQueue | None = None
         self._servegym_policy = LivePolicy(Path(path), Path(state) if state else None)
+        self._servegym_budget = int(getattr(self, "max_num_scheduled_tokens", 0))
+        self._servegym_steps = StepRecorder(steps_file(Path(state)) if state else None)
         reason = self._servegym_obstacle()
         if reason:
             self._servegym_policy.stand_down(reason)
@@ -49,13 +53,30 @@ class _PolicyScheduler:
         for name in sorted(getattr(interface, "__abstractmethods__", ())):
             if not hasattr(PolicyQueue, name):
                 return f"the waiting queue of this vLLM has also {name}"
-        for name in ("running", "kv_cache_manager", "max_num_running_reqs"):
+        for name in ("running", "kv_cache_manager", "max_num_running_reqs", "max_num_scheduled_tokens"):
             if not hasattr(self, name):
                 return f"the scheduler of this vLLM has no {name}"
         return ""
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Order the queue, then let vLLM schedule the step."""
+        steps = self._servegym_steps
+        if not steps.refresh(self._servegym_limits):
+            return self._servegym_schedule(*args, **kwargs)
+        start_s = time.perf_counter()
+        output = self._servegym_schedule(*args, **kwargs)
+        steps.scheduled(start_s, output, getattr(self, "requests", {}))
+        return output
+
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let vLLM take up what a step computed, and record the step where somebody asks for it."""
+        result = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        if self._servegym_steps.recording:
+            busy = bool(self.waiting or self.running)  # type: ignore[attr-defined]
+            self._servegym_steps.updated(scheduler_output, time.perf_counter(), busy)
+        return result
+
+    def _servegym_schedule(self, *args: Any, **kwargs: Any) -> Any:
         queue, policy = self._servegym_queue, self._servegym_policy
         if queue is None:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -63,6 +84,12 @@ class _PolicyScheduler:
         self._servegym_count(queue)
         if len(queue) > 1:
             queue.reorder(policy.scores, self._servegym_context())
+        # vLLM reads it at the beginning of each step.
+        self.max_num_scheduled_tokens = token_budget(
+            policy.budget_share,
+            self._servegym_budget,
+            self.max_num_running_reqs,  # type: ignore[attr-defined]
+        )
         result = super().schedule(*args, **kwargs)  # type: ignore[misc]
         self._servegym_count(queue)
         return result
@@ -72,6 +99,24 @@ class _PolicyScheduler:
             queue.count_served(self._servegym_policy.served_weights, self.running)  # type: ignore[attr-defined]
         except Exception as error:
             self._servegym_policy.failed(f"{type(error).__name__}: {error}")
+
+    def _servegym_limits(self) -> dict[str, float]:
+        """Return what :class:`~servegym.envs.profiles.profile.EngineLimits` holds, as far as this vLLM tells.
+
+        And ``prefill_tokens_per_s``, which policies here go by.
+        """
+        context = self._servegym_context()
+        limits = {
+            "block_size": context["block_size"],
+            "num_blocks": context["total_blocks"] + 1,
+            "max_num_seqs": context["max_num_seqs"],
+            "prefill_tokens_per_s": self._servegym_rate,
+        }
+        told = {
+            "max_num_batched_tokens": self._servegym_budget,
+            "max_model_len": int(getattr(self, "max_model_len", 0)),
+        }
+        return limits | {name: value for name, value in told.items() if value}
 
     def _servegym_context(self) -> dict[str, Any]:
         manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]

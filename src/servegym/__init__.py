@@ -18,6 +18,9 @@ ENVIRONMENTS = {
     "servegym/MultiLayer-v0": "servegym.envs.multi_layer:MultiLayerEnv",
 }
 
+# Environments that are stepped together by one call, for `gymnasium.make_vec`.
+VECTOR_ENVIRONMENTS = {"servegym/EngineDispatch-v0": "servegym.envs.dispatch_lanes:EngineDispatchVectorEnv"}
+
 
 def register_envs() -> None:
     """Register the environments; safe to call twice."""
@@ -25,7 +28,7 @@ def register_envs() -> None:
 
     for name, entry_point in ENVIRONMENTS.items():
         if name not in registry:
-            register(id=name, entry_point=entry_point)
+            register(id=name, entry_point=entry_point, vector_entry_point=VECTOR_ENVIRONMENTS.get(name))
 
 
 # Inside an engine, where only policies run, Gymnasium may be absent.

@@ -16,6 +16,19 @@ from servegym.errors import InputError, nearest
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
+# Folders of configs that a command reads.
+_COMMANDS = {
+    "simulate": "simulate",
+    "train": "train",
+    "evaluate": "evaluate",
+    "tune": "tune",
+    "clusters": "cluster up",
+    "deploy": "deploy --config",
+    "replay": "replay",
+}
+_TYPES = {"a valid tuple": "a list", "a valid list": "a list", "a valid dictionary": "a mapping"}
+
+
 class Config(BaseModel):
     """Base of every configuration section: unknown keys are errors, values are frozen, numbers are finite."""
 
@@ -41,13 +54,21 @@ def find_config(reference: str | Path, kind: str) -> Path:
     path = Path(reference)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         if not path.is_file():
-            raise InputError(str(reference), "", "no such file")
+            raise InputError(str(reference), "", f"no such file{_init_hint(kind, path)}")
         return path
     shipped = shipped_configs(kind)
     if str(reference) in shipped:
         return shipped[str(reference)]
+    elsewhere = [other for other in _COMMANDS if str(reference) in shipped_configs(other)]
+    if elsewhere:
+        problem = f"no shipped config in {kind}, but one of `servegym {_COMMANDS[elsewhere[0]]}`"
+        raise InputError(str(reference), "", f"{problem}; {nearest('', shipped)}")
     hint = nearest(str(reference), shipped)
     raise InputError(str(reference), "", f"no such file and no shipped config in {kind}; {hint}")
+
+
+def _init_hint(kind: str, path: Path) -> str:
+    return f"; write one: servegym init {kind.removesuffix('s')} {path}" if kind in _COMMANDS else ""
 
 
 def load_mapping(path: str | Path) -> dict[str, Any]:
@@ -105,6 +126,19 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``changes`` applied key by key, mappings within mappings too.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+    {'a': {'b': 3, 'c': 2}}
+    """
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
 def validate(model: type[ModelT], content: Mapping[str, Any], source: str) -> ModelT:
     """Build ``model`` from plain data; the first violation becomes one line.
 
@@ -126,7 +160,7 @@ def load_config(model: type[ModelT], reference: str | Path, kind: str, overrides
 def explain(error: ValidationError, model: type[BaseModel], source: str) -> InputError:
     """Turn the first pydantic violation into an :class:`InputError`."""
     first = cast("Mapping[str, Any]", error.errors(include_url=False)[0])
-    location = [str(part) for part in first["loc"]]
+    location = [str(part) for part in first["loc"] if part != "[key]"]
     field = ".".join(location)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
@@ -147,6 +181,7 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> Inpu
         return InputError(source, f"{field}.{tag}", f"got {first['ctx']['tag']!r}; allowed: {expected}")
     message = str(first["msg"]).removeprefix("Value error, ")
     message = message.removeprefix("Input should be ")
+    message = _TYPES.get(message, "a mapping" if "valid dictionary or instance" in message else message)
     if isinstance(value, float) and not math.isfinite(value):
         message = "a finite number"
     shown = "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)

@@ -24,9 +24,17 @@ class InputError(ValueError):
         self.problem = problem
         super().__init__(": ".join(part for part in (source, field, problem) if part))
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
+        """Come whole out of a worker process."""
+        return type(self), (self.source, self.field, self.problem)
+
 
 class EngineError(Exception):
     """A live engine did not do its part; the message may have several lines, its last words."""
+
+
+class WorkerError(Exception):
+    """Workers, on this machine or on others, were lost again and again; one line."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
