@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from servegym.baselines.interface import FloatArray, QueueView
+from servegym.envs.profiles.profile import Frontend
 from servegym.envs.workloads.table import RequestTable
 
 
@@ -58,6 +59,10 @@ class ServingRun(Protocol):
     @property
     def memory(self) -> RunMemory:
         """Its records."""
+
+    @property
+    def frontend(self) -> Frontend | None:
+        """What lies between a client and the times of the records; None: they are those of a client."""
 
     @property
     def expert_policies(self) -> Sequence[Any]:

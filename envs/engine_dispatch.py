@@ -15,7 +15,7 @@ from servegym.baselines.interface import E_AVAILABLE, R_INDEX, ExpertPolicy
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
 from servegym.envs.backend import ServingRun
-from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics, feature_box
+from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, feature_box
 from servegym.envs.simulator.cluster import SimulatedCluster
 
 
@@ -128,7 +128,6 @@ class EngineDispatchEnv(ServingEnv[np.int64]):
                 record_totals=True,
             )
             paired.run()
-        self._reference_metrics = episode_metrics(paired) if paired is not None else None
         run: ServingRun
         if self._target is not None:
             run = self._live_run(table, None, run_seed, expert_policies=self._live_expert_policies())
@@ -148,7 +147,14 @@ class EngineDispatchEnv(ServingEnv[np.int64]):
         run = self._running()
         if not 0 <= action < self.max_engines or not self._mask[action]:
             raise ValueError(f"engine {action} may not be chosen; allowed: {np.flatnonzero(self._mask).tolist()}")
-        alive = run.dispatch(int(action))
+        return self._outcome(run.dispatch(int(action)))
+
+    def go_on(self, reason: int) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Finish a step that a lane of the kernel began and could not end; ``reason`` is why."""
+        return self._outcome(self._simulated().go_on(reason))
+
+    def _outcome(self, alive: bool) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
+        run = self._running()
         parts, info = self._rewards(int(run.memory.request_row[R_INDEX]) if alive else None)
         if alive:
             observation = self._observe()
@@ -157,9 +163,7 @@ class EngineDispatchEnv(ServingEnv[np.int64]):
             self._mask[:] = 0
             self._mask[0] = 1
             observation["mask"] = self._mask.copy()
-            info["metrics"] = episode_metrics(run)
-            if self._reference_metrics is not None:
-                info["reference_metrics"] = self._reference_metrics
+            info |= self._final_metrics()
         info["action_mask"] = self._mask.copy()
         return observation, float(parts.sum()), not alive, False, info
 

@@ -16,10 +16,11 @@ from servegym.baselines.interface import EnginePolicy, ExpertPolicy, FloatArray
 from servegym.configuration import Config, validate
 from servegym.envs.backend import ServingRun
 from servegym.envs.live.options import LiveOptions
-from servegym.envs.randomisation import Randomisation, Sampled, draw
+from servegym.envs.randomisation import Randomisation, Sampled
 from servegym.envs.rendering import RENDER_MODES, check_mode, render
-from servegym.envs.requests import RequestSource, WorkloadChoice
+from servegym.envs.requests import WorkloadChoice
 from servegym.envs.rewards import PARTS, RewardConfig, RewardMeter
+from servegym.envs.scenarios import EpisodeSource, Scenario
 from servegym.envs.simulator.cluster import SimulatedCluster
 from servegym.envs.simulator.config import ClusterConfig
 from servegym.envs.simulator.metrics import RunOutcome
@@ -40,16 +41,24 @@ class EpisodeConfig(Config):
     live: LiveOptions | None = Field(default=None, description="the live engines; in place of cluster")
     cluster: ClusterConfig = ClusterConfig()
     workload: WorkloadChoice = WorkloadChoice(name="azure-conv", load=0.8)
+    scenarios: dict[str, Scenario] = Field(
+        default_factory=dict, description="one of these is drawn for each episode, in place of the workload"
+    )
     randomise: Randomisation = Randomisation()
     load: Sampled | None = Field(default=None, description="load per episode, overrides the workload's")
-    episode_requests: Annotated[int, Field(ge=1)] = Field(default=1000, description="requests of an episode")
+    episode_requests: Annotated[int, Field(ge=1)] = Field(
+        default=1000, description="requests of an episode, but where a scenario's workload says how many"
+    )
     random_end: bool = Field(default=False, description="geometric number of requests with that mean, a memoryless end")
     reward: RewardConfig = RewardConfig()
 
     @model_validator(mode="after")
-    def _the_tail_begins_somewhere(self) -> Self:
-        if self.reward.tail and self.reward.tail_s is None and getattr(self, "reference", None) is None:
-            raise ValueError("reward.tail_s, or a reference policy whose quantile it is")
+    def _what_the_reward_needs_is_there(self) -> Self:
+        if getattr(self, "reference", None) is None:
+            if self.reward.tail and self.reward.tail_s is None:
+                raise ValueError("reward.tail_s, or a reference policy whose quantile it is")
+            if self.reward.scale_s == "reference":
+                raise ValueError("a reference policy with reward.scale_s: reference")
         return self
 
     @model_validator(mode="after")
@@ -63,10 +72,26 @@ class EpisodeConfig(Config):
                 raise ValueError("neither randomise nor a reference with backend: live")
         return self
 
+    @model_validator(mode="after")
+    def _scenarios_are_valid(self) -> Self:
+        if self.scenarios and self.backend == "live":
+            raise ValueError("no scenarios with backend: live")
+        self.clusters()
+        return self
+
+    def clusters(self) -> list[ClusterConfig]:
+        """Return the cluster of each scenario, or the only one; before randomisation.
+
+        Raises:
+            InputError: a scenario's changes are not allowed.
+        """
+        return [scenario.on(self.cluster, label) for label, scenario in self.scenarios.items()] or [self.cluster]
+
     @property
     def largest_cluster(self) -> int:
         """Most engines of an episode."""
-        return max(self.randomise.engines or (self.cluster.size,))
+        drawn = self.randomise.engines
+        return max(cluster.size if cluster.groups or not drawn else max(drawn) for cluster in self.clusters())
 
 
 class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
@@ -89,7 +114,7 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
         if config.live is not None and not self._lives:
             raise InputError(self._name, "backend", "got live; allowed for this environment: sim")
         self._target = None if config.live is None else config.live.target()
-        self._source = RequestSource(config.workload, config.cluster)
+        self._source = EpisodeSource(config)
         self._run: ServingRun | None = None
 
     @property
@@ -102,7 +127,7 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
     ) -> tuple[ClusterConfig, RequestTable, int]:
         """Seed the environment and draw the cluster, the requests and the run's seed of the next episode."""
         super().reset(seed=seed)
-        return draw_episode(self.config, self._source, self.np_random, (options or {}).get("load"))
+        return self._source.draw(self.np_random, (options or {}).get("load"))
 
     def _live_run(
         self,
@@ -135,9 +160,20 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
             self._run.close()
 
     def _begin(self, run: ServingRun, reference: SimulatedCluster | None = None) -> None:
-        """Make a run the episode's."""
+        """Make a run the episode's, beside a finished one of the reference."""
         self._run = run
+        self._reference_metrics = None if reference is None else episode_metrics(reference)
         self._meter = RewardMeter(self.config.reward, run, reference)
+
+    @property
+    def run(self) -> ServingRun:
+        """The episode's run; RuntimeError before the first reset."""
+        return self._running()
+
+    @property
+    def meter(self) -> RewardMeter:
+        """What takes the episode's rewards."""
+        return self._meter
 
     def _running(self) -> ServingRun:
         """Return the episode's run.
@@ -162,33 +198,16 @@ class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):
         named = {part: value for part, value in zip(PARTS, parts.tolist(), strict=True) if value}
         return parts, {"elapsed_s": self._meter.now_s - before, "reward_parts": named}
 
+    def _final_metrics(self) -> dict[str, Any]:
+        """Return what the last ``info`` says of the episode: its metrics, and those of a reference."""
+        found = {"metrics": episode_metrics(self._running())}
+        if self._reference_metrics is not None:
+            found["reference_metrics"] = self._reference_metrics
+        return found
+
     def render(self) -> str | npt.NDArray[np.uint8] | None:
         """Return queues, KV use and expert heat per engine: text, or a picture of shape (540, 960, 3)."""
         return render(self._run if isinstance(self._run, SimulatedCluster) else None, self.render_mode)
-
-
-def draw_episode(
-    config: EpisodeConfig, source: RequestSource, rng: np.random.Generator, load: float | None = None
-) -> tuple[ClusterConfig, RequestTable, int]:
-    """Draw the cluster, the requests and the run's seed of an episode.
-
-    Args:
-        config: what may differ between episodes.
-        source: of the requests.
-        rng: of the draws.
-        load: of the episode; None: as the config says.
-    """
-    run_seed = int(rng.integers(2**31))
-    cluster = config.randomise.draw(config.cluster, rng)
-    scale = config.randomise.draw_lengths(rng)
-    if load is None and config.load is not None:
-        load = draw(config.load, rng)
-    count = config.episode_requests
-    if config.random_end:
-        count = int(rng.geometric(1.0 / count))
-    if config.live is not None:
-        return cluster, config.live.table(config.workload, run_seed, count), run_seed
-    return cluster, source.table(run_seed, load=load, requests=count, cluster=cluster, scale=scale), run_seed
 
 
 def feature_box(features: Sequence[Feature], rows: int | None = None) -> spaces.Box:

@@ -14,7 +14,7 @@ from servegym.baselines.interface import ExpertLoad, Placement
 from servegym.baselines.placement_features import PLACEMENT_CONTEXT, PLACEMENT_FEATURES
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
-from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics, feature_box
+from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, feature_box
 from servegym.envs.placement_menu import PlacementMenu
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.rewards import RewardConfig
@@ -42,6 +42,9 @@ class ExpertPlacementConfig(EpisodeConfig):
     menu: tuple[PolicySpec, ...] = Field(default=MENU, min_length=1, description="rules to choose from, beside keeping")
     request_policy: PolicySpec = PolicySpec(name="fcfs")
     engine_policy: PolicySpec = PolicySpec(name="round_robin")
+    reference: PolicySpec | None = Field(
+        default=None, description="expert policy whose integrals on the same requests are subtracted from the reward"
+    )
     reward: RewardConfig = Field(default=RewardConfig(ttft=0.0, tpot=1.0), description="default: TPOT alone")
 
 
@@ -82,7 +85,7 @@ class ExpertPlacementEnv(ServingEnv[np.int64]):
     needs them, and experts of adjacent layers for a sample of tokens.
 
     ## Rewards
-    As in `EngineDispatch-v0`, without a reference; by default TPOT alone, so that the undiscounted return is minus the
+    As in `EngineDispatch-v0`; by default TPOT alone, so that without a reference the undiscounted return is minus the
     summed TPOT of the episode's requests, in seconds.
 
     ## Starting State
@@ -91,7 +94,7 @@ class ExpertPlacementEnv(ServingEnv[np.int64]):
 
     ## Episode End
     Terminated when all requests have finished; never truncated. The last `info` holds `metrics`: TTFT, TPOT, E2E in
-    seconds, throughput, balancedness, re-placements.
+    seconds, throughput, balancedness, re-placements; with a reference also `reference_metrics`.
 
     ## Arguments
     `config`: an :class:`ExpertPlacementConfig`, or a mapping with its fields.
@@ -132,7 +135,12 @@ class ExpertPlacementEnv(ServingEnv[np.int64]):
         """Start an episode; see the class."""
         cluster, table, run_seed = self._draw_episode(seed, options)
         run = SimulatedCluster(cluster, table, *self._policies, seed=run_seed)
-        self._begin(run)
+        paired: SimulatedCluster | None = None
+        if self.config.reference is not None:
+            expert = create("expert", self.config.reference)
+            paired = SimulatedCluster(cluster, table, *self._policies, expert, seed=run_seed)
+            paired.run()
+        self._begin(run, paired)
         self._menus = [PlacementMenu(self.config.menu) for _ in run.replacers]
         self._group = run.next_placement()
         observation = self._observe()
@@ -153,7 +161,8 @@ class ExpertPlacementEnv(ServingEnv[np.int64]):
         if over:
             engines = engine_metrics(run)
             names = ("expert_balancedness", "replacements", "transfer_s")
-            info["metrics"] = episode_metrics(run) | {name: engines[name] for name in names}
+            info |= self._final_metrics()
+            info["metrics"] |= {name: engines[name] for name in names}
         else:
             info["group"] = self._group
         return observation, float(parts.sum()), over, False, info

@@ -15,7 +15,7 @@ from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.queue_features import QUEUE_CONTEXT_FEATURES, QUEUE_FEATURES, fill_queue_features
 from servegym.baselines.registry import create
 from servegym.envs.backend import ServingRun
-from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, episode_metrics, feature_box
+from servegym.envs.episode import EpisodeConfig, Observation, ServingEnv, feature_box
 from servegym.envs.requests import WorkloadChoice
 from servegym.envs.simulator.cluster import SimulatedCluster
 from servegym.envs.simulator.config import ClusterConfig
@@ -124,7 +124,6 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
             policies = create("engine", self.config.engine_policy), create("expert", self.config.expert_policy)
             paired = SimulatedCluster(cluster, table, self._reference, *policies, seed=run_seed)
             paired.run()
-        self._reference_metrics = episode_metrics(paired) if paired is not None else None
         self._begin(run, paired)
         self._engine = run.next_admission()
         observation = self._observe()
@@ -143,9 +142,7 @@ class RequestOrderingEnv(ServingEnv[np.int64]):
         observation = self._observe()
         info["action_mask"] = self._mask.copy()
         if over:
-            info["metrics"] = episode_metrics(run)
-            if self._reference_metrics is not None:
-                info["reference_metrics"] = self._reference_metrics
+            info |= self._final_metrics()
         else:
             info["engine"] = self._engine
         return observation, float(parts.sum()), over, False, info

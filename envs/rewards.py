@@ -11,7 +11,7 @@ the reward.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,8 @@ from servegym.envs.simulator.cluster import SimulatedCluster
 Weight = Annotated[float, Field(ge=0)]
 
 PARTS = ("ttft", "e2e", "tpot", "slowdown", "tardiness", "violations", "tail")
-_KERNEL_PARTS = 3
+KERNEL_PARTS = 3
+"""How many of them the kernel integrates, the first ones."""
 
 
 class RewardConfig(Config):
@@ -55,7 +56,11 @@ class RewardConfig(Config):
     tail_s: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="where the tail begins; default: at the quantile of the reference's TTFT"
     )
-    scale_s: Annotated[float, Field(gt=0)] = Field(default=1.0, description="seconds that make a reward of one")
+    scale_s: Annotated[float, Field(gt=0)] | Literal["reference"] = Field(
+        default=1.0,
+        description="seconds that make a reward of one; reference: the mean TTFT of the reference in the episode, so"
+        " that seconds count the less the more of them there are",
+    )
 
     @model_validator(mode="after")
     def _something_counts(self) -> Self:
@@ -64,8 +69,16 @@ class RewardConfig(Config):
         return self
 
     def weights(self) -> FloatArray:
-        """Return the weights in the order of :data:`PARTS`, divided by the scale. Shape (parts,)."""
-        return np.array([getattr(self, part) for part in PARTS]) / self.scale_s
+        """Return the weights in the order of :data:`PARTS`, shape (parts,)."""
+        return np.array([getattr(self, part) for part in PARTS])
+
+    def scale(self, reference_ttft_s: float) -> float:
+        """Return the seconds that make a reward of one in an episode.
+
+        Args:
+            reference_ttft_s: mean TTFT of the reference in that episode.
+        """
+        return reference_ttft_s if self.scale_s == "reference" else self.scale_s
 
 
 class RewardMeter:
@@ -78,24 +91,37 @@ class RewardMeter:
         reference: a finished run of another policy on the same requests; with recorded totals (open-loop tables only)
             where rewards are taken by arrivals.
 
+    The arrays are written in place: lanes of the kernel (:mod:`.simulator.kernel.lanes`) take rewards with them too.
+
     Attributes:
-        now_s: time up to which rewards were taken.
+        weights: by part, shape (parts,).
+        seen: sums up to the last call, shape (parts,).
+        reference_seen: the same of the reference.
+        reference_sums: the reference's kernel parts by request, and at its end, shape (requests + 1, 3); None without.
+        now: time up to which rewards were taken, seconds, shape (1,).
+        of_kernel: whether no part but the kernel's has a weight.
     """
 
     def __init__(self, config: RewardConfig, run: ServingRun, reference: SimulatedCluster | None = None) -> None:
-        self.now_s = 0.0
+        self.now = np.zeros(1)
         self._run = run
-        self._weights = config.weights()
-        self._seen = np.zeros(len(PARTS))
+        self.weights = config.weights() / config.scale(_mean_ttft_s(reference))
+        self.seen, self.reference_seen = np.zeros(len(PARTS)), np.zeros(len(PARTS))
+        self.reference_sums: FloatArray | None = None
+        self.of_kernel = not self.weights[KERNEL_PARTS:].any()
         self._waiting = None
         self._reference = None
         self._reference_at: _Totals | None = None
-        if self._weights[_KERNEL_PARTS:].any():
+        if not self.of_kernel:
             self._waiting = _Waiting.of(config, run, reference)
         if reference is not None:
             self._reference = reference.memory
-            self._reference_sums = np.vstack([reference.memory.totals, reference.totals])
-            self._reference_seen = np.zeros(len(PARTS))
+            self.reference_sums = np.vstack([reference.memory.totals, reference.totals])
+
+    @property
+    def now_s(self) -> float:
+        """Time up to which rewards were taken."""
+        return float(self.now[0])
 
     def take(self, row: int | None = None, until_s: float | None = None) -> FloatArray:
         """Return the weighted parts since the last call, shape (parts,).
@@ -107,11 +133,12 @@ class RewardMeter:
             row: a request.
             until_s: a time.
         """
-        self.now_s = max(self._run.decided_s, self.now_s)
+        self.now[0] = max(self._run.decided_s, self.now_s)
         sums = self._sums(self._run.totals, self._run.memory.requests, self.now_s)
-        gained = sums - self._seen
-        self._seen = sums
+        gained = sums - self.seen
+        self.seen[:] = sums
         if self._reference is not None:
+            assert self.reference_sums is not None
             requests = self._reference.requests
             if until_s is not None:
                 if self._reference_at is None:
@@ -119,17 +146,24 @@ class RewardMeter:
                 sums = self._sums(self._reference_at(until_s), requests, until_s)
             else:
                 until = np.inf if row is None else float(requests["arrival_s"][row])
-                sums = self._sums(self._reference_sums[-1 if row is None else row], requests, until)
-            gained -= sums - self._reference_seen
-            self._reference_seen = sums
-        return np.asarray(-self._weights * gained)
+                sums = self._sums(self.reference_sums[-1 if row is None else row], requests, until)
+            gained -= sums - self.reference_seen
+            self.reference_seen[:] = sums
+        return np.asarray(-self.weights * gained)
 
     def _sums(self, kernel: FloatArray, requests: npt.NDArray[Any], until_s: float) -> FloatArray:
         sums = np.zeros(len(PARTS))
-        sums[:_KERNEL_PARTS] = kernel
+        sums[:KERNEL_PARTS] = kernel
         if self._waiting is not None:
-            sums[_KERNEL_PARTS:] = self._waiting.sums(requests, until_s)
+            sums[KERNEL_PARTS:] = self._waiting.sums(requests, until_s)
         return sums
+
+
+def _mean_ttft_s(reference: SimulatedCluster | None) -> float:
+    if reference is None:
+        return float("nan")
+    requests = reference.memory.requests
+    return float(np.nanmean(requests["first_s"] - requests["arrival_s"]))
 
 
 class _Totals:

@@ -21,7 +21,6 @@ class Completion:
         last_s: arrival of the last token.
         output_tokens: tokens of the output, as the server counts them.
         hit_tokens: prompt tokens found in the prefix cache, where the server says so.
-        served_by: the engine, where a router names it.
         error: why it failed; empty for a complete answer.
     """
 
@@ -30,7 +29,6 @@ class Completion:
     last_s: float = float("nan")
     output_tokens: int = 0
     hit_tokens: int = 0
-    served_by: str = ""
     error: str = ""
 
 
@@ -40,6 +38,7 @@ async def complete(
     body: Mapping[str, Any],
     headers: Mapping[str, str],
     on_first: Callable[[float], None] = lambda now_s: None,
+    on_token: Callable[[float], None] | None = None,
 ) -> Completion:
     """Send one streamed completion request and read its answer to the end; failures are part of the result.
 
@@ -49,15 +48,15 @@ async def complete(
         body: of ``/v1/completions``, with ``stream`` and ``stream_options.include_usage``.
         headers: of the request.
         on_first: called when the first token arrives, with that time.
+        on_token: called at each event that brings tokens, the first one included, with its time.
     """
     result = Completion(time.perf_counter())
     try:
         async with session.post(f"{url}/v1/completions", json=body, headers=headers) as response:
-            result.served_by = response.headers.get("x-gateway-destination-endpoint-served", "")
             if response.status != 200:
                 result.error = f"HTTP {response.status}: {(await response.text())[:200]}"
                 return result
-            done = await _read(response, result, on_first)
+            done = await _read(response, result, on_first, on_token)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         result.error = f"{type(error).__name__}: {error}"
         return result
@@ -66,7 +65,12 @@ async def complete(
     return result
 
 
-async def _read(response: aiohttp.ClientResponse, result: Completion, on_first: Callable[[float], None]) -> bool:
+async def _read(
+    response: aiohttp.ClientResponse,
+    result: Completion,
+    on_first: Callable[[float], None],
+    on_token: Callable[[float], None] | None,
+) -> bool:
     """Read server-sent events up to the connection's word; True if the stream came to its proper end.
 
     Who leaves after ``[DONE]`` cuts the last chunk off, and looks to a proxy like a client that gave up.
@@ -89,6 +93,8 @@ async def _read(response: aiohttp.ClientResponse, result: Completion, on_first: 
                 result.first_s = now
                 on_first(now)
             result.last_s = now
+            if on_token is not None:
+                on_token(now)
         usage = event.get("usage")
         if usage:
             result.output_tokens = int(usage.get("completion_tokens", 0))

@@ -55,12 +55,14 @@ class ReplayResult:
         slip_s: time from when a request was due to when it was sent, shape (requests,).
         errors: what failed, by request.
         wall_s: duration.
+        start_s: ``time.perf_counter()`` at which its clock was 0.
     """
 
     outcome: RunOutcome
     slip_s: npt.NDArray[np.float64]
     errors: dict[int, str]
     wall_s: float
+    start_s: float
 
     def metrics(self, slo: Objectives, warmup_share: float = 0.0) -> dict[str, Any]:
         """Summarise; the same keys as a simulation has, as far as a client can see them."""
@@ -261,4 +263,4 @@ class Replayer:
             preemptions=np.zeros(len(table), dtype=np.int32),
             hit_tokens=np.array([one.hit_tokens for one in results], dtype=np.int32),
         )
-        return ReplayResult(outcome, sent - self._due_s, errors, wall)
+        return ReplayResult(outcome, sent - self._due_s, errors, wall, self._start_s)

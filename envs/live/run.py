@@ -45,6 +45,7 @@ class LiveRun:
         expert_policies: of each engine, which place its experts anew every ``options.replacement_s``.
 
     Attributes:
+        frontend: None: a client's times are measured.
         config: has the number of engines.
         table: the requests.
         target: the engines.
@@ -65,6 +66,7 @@ class LiveRun:
         expert_policies: Sequence[ExpertPolicy] = (),
     ) -> None:
         self.table, self.target = table, target
+        self.frontend = None
         self.config = LiveSize(len(target.urls))
         self.memory = LiveMemory.new(table, options, len(target.urls))
         self._pending: Question | None = None

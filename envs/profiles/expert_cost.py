@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from servegym.envs.profiles.fitting import FitQuality, FloatArray, fit_relative, significant
-from servegym.envs.profiles.hardware import BYTES, ModelShape
+from servegym.envs.profiles.hardware import BYTES, PRECISIONS, ModelShape, Precision
 from servegym.envs.profiles.profile import ExpertShape
 from servegym.envs.profiles.tables import KernelTables, read_parquet
 from servegym.errors import InputError
@@ -51,13 +51,15 @@ class ExpertFit:
     decomposition: FitQuality
 
 
-def fit_experts(model: ModelShape, tables: KernelTables, ranks: int) -> ExpertFit:
+def fit_experts(
+    model: ModelShape, tables: KernelTables, ranks: int, dtype: str = "bfloat16", tensor: int = 1
+) -> ExpertFit:
     """Fit the cost of an activated expert to the ``balanced`` rows, which deal tokens to experts in turn.
 
     Raises:
         InputError: the tables are missing or hold no rows of this shape.
     """
-    tokens, us = tables.moe(model, ranks, "balanced")
+    tokens, us = tables.moe(model, ranks, "balanced", dtype, tensor)
     active = np.minimum(model.experts, model.top_k * tokens) / ranks
     single = model.top_k * tokens <= model.experts
     terms = np.stack([np.ones(len(us)), active], axis=1)
@@ -86,7 +88,9 @@ def fit_link(tables: KernelTables, ranks: int) -> tuple[float, float]:
     return 1e-3 / per_byte, fixed / 2
 
 
-def expert_shape(model: ModelShape, tables: KernelTables, ranks: int) -> ExpertShape:
+def expert_shape(
+    model: ModelShape, tables: KernelTables, ranks: int, precision: Precision = PRECISIONS["bf16"], tensor: int = 1
+) -> ExpertShape:
     """Return the section ``experts`` of a profile; a single GPU gets the links between two of its kind."""
     bandwidth, latency = fit_link(tables, max(ranks, 2))
     return ExpertShape(
@@ -94,12 +98,32 @@ def expert_shape(model: ModelShape, tables: KernelTables, ranks: int) -> ExpertS
         experts=model.experts,
         top_k=model.top_k,
         ranks=ranks,
-        expert_bytes=BYTES * 3 * model.hidden * model.moe_intermediate,
+        expert_bytes=int(precision.moe_bytes * 3 * model.hidden * model.moe_intermediate / tensor),
         token_bytes=BYTES * model.hidden,
-        expert_us=significant(fit_experts(model, tables, ranks).expert_us),
+        expert_us=significant(fit_experts(model, tables, ranks, precision.moe, tensor).expert_us),
         link_gb_s=significant(bandwidth),
         link_latency_us=significant(latency),
     )
+
+
+def read_activations(path: Path) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return tokens, activated experts and us of one MoE layer from a table that varies both."""
+    columns = read_parquet(path, ("tokens", "activated_experts", "time_us"), {})
+    return columns["tokens"], columns["activated_experts"], columns["time_us"]
+
+
+def fit_roofline(tokens: FloatArray, active: FloatArray, us: FloatArray) -> tuple[float, float, float]:
+    """Fit ``fixed + max(expert * A, token * T)``: weights are read while the products are computed.
+
+    It is linear once it is known which rows are bound by compute: alternate until that settles.
+    """
+    ones = np.ones(len(us))
+    fixed, expert, token = fit_relative(np.stack([ones, active, tokens], axis=1), us).tolist()
+    for _ in range(50):
+        bound = token * tokens > expert * active
+        split = np.stack([ones, np.where(bound, 0, active), np.where(bound, tokens, 0)], axis=1)
+        fixed, expert, token = fit_relative(split, us).tolist()
+    return fixed, expert, token
 
 
 def compare_forms(path: Path) -> dict[str, FitQuality]:
@@ -108,17 +132,10 @@ def compare_forms(path: Path) -> dict[str, FitQuality]:
     Raises:
         InputError: the file is missing or not such a table.
     """
-    columns = read_parquet(path, ("tokens", "activated_experts", "time_us"), {})
-    tokens, active, us = columns["tokens"], columns["activated_experts"], columns["time_us"]
-    ones = np.ones(len(us))
-    terms = np.stack([ones, active, tokens], axis=1)
+    tokens, active, us = read_activations(path)
+    terms = np.stack([np.ones(len(us)), active, tokens], axis=1)
     found = {"sum": FitQuality.of(terms @ fit_relative(terms, us), us)}
-    # The roofline is linear once it is known which rows are bound by compute: alternate until that settles.
-    fixed, weight, compute = fit_relative(terms, us).tolist()
-    for _ in range(50):
-        bound = compute * tokens > weight * active
-        split = np.stack([ones, np.where(bound, 0, active), np.where(bound, tokens, 0)], axis=1)
-        fixed, weight, compute = fit_relative(split, us).tolist()
+    fixed, weight, compute = fit_roofline(tokens, active, us)
     found["roofline"] = FitQuality.of(fixed + np.maximum(weight * active, compute * tokens), us)
     return found
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from servegym.envs.profiles.profile import TokenCurve
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -78,6 +81,12 @@ def fit_curve(tokens: FloatArray, us: FloatArray, knots: npt.NDArray[np.int64]) 
     """
     hats = np.stack([np.interp(tokens, knots, unit) for unit in np.eye(len(knots))], axis=1)
     return np.maximum.accumulate(fit_relative(hats, us))
+
+
+def token_curve(tokens: FloatArray, us: FloatArray, knots: Sequence[int]) -> TokenCurve:
+    """Return :func:`fit_curve` as a section of a profile."""
+    fitted = fit_curve(tokens, us, np.array(knots))
+    return TokenCurve(tokens=tuple(knots), us=tuple(significant(value) for value in fitted))
 
 
 def significant(value: float, digits: int = 4) -> float:

@@ -16,6 +16,10 @@ measured and which modelled) and fitted to the terms of :class:`~servegym.envs.p
 Attention of a layer is fitted as ``floor + a * sequences + b * tokens + c * pairs + d * context`` to the prefill and
 the decode table together, since one kernel serves a mixed batch. The tables prefill from an empty context only: that a
 chunk behind ``p`` tokens costs ``c`` per query-key pair as well is an extrapolation.
+
+From tables to a profile: ``servegym profile --help`` tells the files and the steps. ``servegym profile build`` adds
+what a serving engine adds to the kernels (:mod:`.serving`), and ``servegym profile check`` compares such profiles with
+published measurements. The shipped profiles are made by this script, of the kernels alone.
 """
 
 from __future__ import annotations
@@ -31,22 +35,22 @@ import numpy.typing as npt
 
 from servegym.envs.profiles.document import render, write
 from servegym.envs.profiles.expert_cost import expert_shape, fit_experts
-from servegym.envs.profiles.fitting import FitQuality, FloatArray, fit_curve, fit_relative, significant
-from servegym.envs.profiles.hardware import GPUS, H200, MODELS, Gpu, ModelShape, kv_blocks
+from servegym.envs.profiles.fitting import FitQuality, FloatArray, fit_relative, significant, token_curve
+from servegym.envs.profiles.hardware import GPUS, H200, MODELS, PRECISIONS, Gpu, ModelShape
 from servegym.envs.profiles.kernel_costs import HOST_US, KernelCosts
-from servegym.envs.profiles.profile import EngineLimits, Profile, StepTime, TokenCurve
+from servegym.envs.profiles.limits import MAX_NUM_SEQS, engine_limits
+from servegym.envs.profiles.profile import Profile, StepTime, TokenCurve
 from servegym.envs.profiles.scaled_tables import ScaledTables
-from servegym.envs.profiles.tables import AttentionRows, KernelTables
+from servegym.envs.profiles.serving import REAL_DATA, Serving
+from servegym.envs.profiles.tables import GRAPH_TOKENS, AttentionRows, KernelTables
 from servegym.errors import InputError, nearest
 
-DENSE_KNOTS = (1, 16, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
+DENSE_KNOTS: tuple[int, ...] = (1, 16, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
 MOE_KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384)
 COMMUNICATION_KNOTS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 8192, 16384)
 
 SMALL_BATCH = 256
 
-BLOCK_SIZE = 16
-MAX_NUM_SEQS = 256
 LARGEST_PREFILL = 16384
 
 SOURCE = (
@@ -66,10 +70,12 @@ class Report:
         fits: relative errors by term, and of whole decode and prefill steps against the plain sum of the tables.
         skew: MoE cost under each power-law distribution of the tables over the profile's balanced cost: medians over
             batches of up to ``SMALL_BATCH`` tokens and over larger ones, and the highest ratio.
+        notes: shapes that the tables do not hold, and how their cost was inferred.
     """
 
     fits: dict[str, FitQuality]
     skew: dict[str, tuple[float, float, float]]
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Return the report as aligned lines, each starting with two spaces."""
@@ -79,28 +85,44 @@ class Report:
                 f"  {name:<14} MoE cost over balanced: median {small:.2f} up to {SMALL_BATCH} tokens, "
                 f"{large:.2f} above, highest {highest:.2f}"
             )
-        return rows
+        return rows + [f"  inferred: {note}" for note in self.notes]
 
 
 def build_profile(
-    model_name: str, tables: Path, ranks: int = 1, gpu: Gpu = H200, tensor: int = 1
+    model_name: str | ModelShape,
+    tables: Path,
+    ranks: int = 1,
+    gpu: Gpu = H200,
+    tensor: int = 1,
+    *,
+    precision: str = "bf16",
+    moe_tensor: int = 1,
+    serving: Serving | None = None,
 ) -> tuple[Profile, Report]:
     """Build the profile of one rank of a model.
 
     Args:
-        model_name: a key of ``MODELS``.
+        model_name: a key of ``MODELS``, or a shape.
         tables: folder of the tables.
         ranks: 1, or the number of expert-parallel ranks of a lockstep cluster.
         gpu: the GPU; tables measured on another one are scaled.
         tensor: GPUs of one engine, each an expert-parallel rank; the engines are data parallel.
+        precision: a key of ``PRECISIONS``.
+        moe_tensor: GPUs that divide each expert, without expert parallelism.
+        serving: what a serving engine adds to the kernels; None: the kernels alone, as in the shipped profiles.
 
     Raises:
         InputError: unknown model, tables that are missing or hold no rows of this shape, or no pyarrow.
     """
-    if model_name not in MODELS:
+    if isinstance(model_name, str) and model_name not in MODELS:
         raise InputError("--model", "", f"got {model_name!r}; {nearest(model_name, MODELS)}")
-    model = MODELS[model_name]
-    costs = KernelCosts(model, gpu, _tables(tables, gpu), ranks, tensor)
+    if precision not in PRECISIONS:
+        raise InputError("--precision", "", f"got {precision!r}; {nearest(precision, PRECISIONS)}")
+    if gpu.tables is None and precision != "bf16":
+        raise InputError("--precision", "", f"got {precision!r}; allowed on {gpu.name}, which is scaled: bf16")
+    model = MODELS[model_name] if isinstance(model_name, str) else model_name
+    read = _tables(tables, gpu, serving)
+    costs = KernelCosts(model, gpu, read, ranks, tensor, PRECISIONS[precision], moe_tensor, serving)
     rows = _relevant(costs.attention, model)
     terms = np.stack([np.ones(len(rows.us)), rows.sequences, rows.tokens, rows.pairs, rows.context], axis=1)
     attention = fit_relative(terms, rows.us)
@@ -109,46 +131,71 @@ def build_profile(
     tokens, projections = costs.projections
     within = tokens <= DENSE_KNOTS[-1]
     tokens, dense = tokens[within], (projections + costs.elementwise(tokens) + per_token * tokens)[within]
-    dense_us = _curve(tokens, dense, DENSE_KNOTS)
-    moe_tokens = np.union1d(costs.moe_measured("balanced")[0], MOE_KNOTS)
-    moe = costs.moe(moe_tokens)
-    moe_us = _curve(moe_tokens, moe, MOE_KNOTS)
-    communication_tokens = np.array(COMMUNICATION_KNOTS, dtype=np.float64)
-    communication = costs.communication(communication_tokens)
+    dense_us = token_curve(tokens, dense, DENSE_KNOTS)
+    moe_us = None
+    if model.experts:
+        moe_tokens = np.union1d(costs.moe_measured("balanced")[0], MOE_KNOTS)
+        moe = costs.moe(moe_tokens)
+        moe_us = token_curve(moe_tokens, moe, MOE_KNOTS)
+    communication_us = None
+    if costs.group > 1:
+        communication_tokens = np.array(COMMUNICATION_KNOTS, dtype=np.float64)
+        communication = costs.communication(communication_tokens)
+        communication_us = token_curve(communication_tokens, communication, COMMUNICATION_KNOTS)
     batch, lm_head = costs.lm_head
     batch, lm_head = batch[batch <= MAX_NUM_SEQS], lm_head[batch <= MAX_NUM_SEQS]
     head = fit_relative(np.stack([np.ones(len(batch)), batch], axis=1), lm_head)
 
+    fitted_dense = dense_us.at(tokens.astype(np.int64))
+    if serving is not None:
+        dense_us = _with_launches(costs, dense_us, per_pair)
     step_time = StepTime(
         fixed_us=significant(floor + head[0] + HOST_US),
         per_sequence_us=significant(per_sequence + head[1] + costs.sampler_us_per_sequence),
         dense_us=dense_us,
         moe_us=moe_us,
         moe_imbalance=1.0,
-        communication_us=_curve(communication_tokens, communication, COMMUNICATION_KNOTS) if ranks > 1 else None,
+        communication_us=communication_us,
         prefill_pair_us=significant(per_pair),
         decode_context_us=significant(per_context),
     )
     fits = {
-        "projections": FitQuality.of(dense_us.at(tokens.astype(np.int64)), dense),
-        "MoE": FitQuality.of(moe_us.at(moe_tokens.astype(np.int64)), moe),
+        "projections": FitQuality.of(fitted_dense, dense),
+        **({"MoE": FitQuality.of(moe_us.at(moe_tokens.astype(np.int64)), moe)} if moe_us else {}),
         "attention": FitQuality.of(terms @ attention, rows.us),
         "lm_head": FitQuality.of(head[0] + head[1] * batch, lm_head),
     } | _whole_steps(costs, rows, step_time)
-    skew = {}
-    for name in ("power_law_1.01", "power_law_1.2"):
+    ratios = {}
+    for name in ("power_law_1.01", "power_law_1.2") if model.experts else ():
         skewed_tokens, us = costs.moe_measured(name)
         ratio = us / costs.moe(skewed_tokens)
         small = skewed_tokens <= SMALL_BATCH
-        skew[name] = (float(np.median(ratio[small])), float(np.median(ratio[~small])), float(ratio.max()))
-    experts = fit_experts(model, costs.tables, ranks)
-    fits |= {"per expert": experts.quality, "MoE by expert": experts.decomposition}
-    return _profile(model_name, costs, step_time), Report(fits, skew)
+        ratios[name] = (float(np.median(ratio[small])), float(np.median(ratio[~small])), float(ratio.max()))
+    if model.experts:
+        experts = fit_experts(model, costs.tables, ranks, costs.precision.moe, moe_tensor)
+        fits |= {"per expert": experts.quality, "MoE by expert": experts.decomposition}
+    name = model_name if isinstance(model_name, str) else model.model.rsplit("/", 1)[-1].lower()
+    return _profile(name, costs, step_time, precision), Report(fits, ratios, tuple(costs.tables.notes))
 
 
-def _tables(folder: Path, gpu: Gpu) -> KernelTables:
+def _with_launches(costs: KernelCosts, dense_us: TokenCurve, per_pair: float) -> TokenCurve:
+    """Add the wait for the host, as of a step that prefills one prompt; it begins where the CUDA graphs end."""
+    knots = np.array(sorted({*dense_us.tokens, GRAPH_TOKENS + 1}))
+    us = dense_us.at(knots)
+    kernels = us + _shared(costs, knots) + per_pair * knots * (knots + 1) / 2
+    us += costs.launch_wait(knots, kernels)
+    return TokenCurve(tokens=tuple(knots.tolist()), us=tuple(significant(value) for value in us))
+
+
+def _shared(costs: KernelCosts, tokens: FloatArray) -> FloatArray:
+    """Return us of MoE layers and communication when each engine has so many tokens."""
+    moe = costs.moe(costs.engines * tokens) if costs.model.experts else 0.0
+    return np.asarray(moe + costs.communication(tokens))
+
+
+def _tables(folder: Path, gpu: Gpu, serving: Serving | None) -> KernelTables:
     if gpu.tables is not None:
-        return KernelTables(folder, gpu.tables)
+        return KernelTables(folder, gpu.tables, moe_prefix=serving.moe_tables if serving else None)
     return ScaledTables(folder, str(H200.tables), measured=H200, target=gpu)
 
 
@@ -163,18 +210,13 @@ def _select(rows: AttentionRows, keep: npt.NDArray[np.bool_]) -> AttentionRows:
     return AttentionRows(**{field.name: getattr(rows, field.name)[keep] for field in fields(AttentionRows)})
 
 
-def _curve(tokens: FloatArray, us: FloatArray, knots: Sequence[int]) -> TokenCurve:
-    fitted = fit_curve(tokens, us, np.array(knots))
-    return TokenCurve(tokens=tuple(knots), us=tuple(significant(value) for value in fitted))
-
-
 def _whole_steps(costs: KernelCosts, rows: AttentionRows, time: StepTime) -> dict[str, FitQuality]:
     """Compare the profile with the plain sum of the tables, for a step of each batch in the attention tables."""
     rows = _select(rows, costs.engines * rows.tokens <= MOE_KNOTS[-1])  # beyond it the MoE table ends
-    projections = np.interp(rows.tokens, *costs.projections) + costs.elementwise(rows.tokens)
-    moe, communication = costs.moe(costs.engines * rows.tokens), costs.communication(rows.tokens)
+    kernels = np.interp(rows.tokens, *costs.projections) + costs.elementwise(rows.tokens)
+    kernels += _shared(costs, rows.tokens) + costs.model.layers * rows.us
     head = np.interp(rows.sequences, *costs.lm_head) + costs.sampler_us_per_sequence * rows.sequences
-    summed = projections + moe + communication + costs.model.layers * rows.us + head + HOST_US
+    summed = kernels + costs.launch_wait(rows.tokens, kernels) + head + HOST_US
 
     tokens = rows.tokens.astype(np.int64)
     fitted = time.fixed_us + time.per_sequence_us * rows.sequences + time.dense_us.at(tokens)
@@ -190,39 +232,55 @@ def _whole_steps(costs: KernelCosts, rows: AttentionRows, time: StepTime) -> dic
     }
 
 
-def _profile(model_name: str, costs: KernelCosts, step_time: StepTime) -> Profile:
+def _profile(model_name: str, costs: KernelCosts, step_time: StepTime, precision: str = "bf16") -> Profile:
     model, gpu, ranks, tensor = costs.model, costs.gpu, costs.ranks, costs.tensor
-    blocks = kv_blocks(
-        model,
-        gpu,
-        ranks=ranks,
-        block_size=BLOCK_SIZE,
-        max_num_batched_tokens=gpu.max_num_batched_tokens,
-        max_num_seqs=MAX_NUM_SEQS,
-        utilization=gpu.utilization,
-        tensor=tensor,
-    )
-    limits = EngineLimits(
-        block_size=BLOCK_SIZE,
-        num_blocks=blocks,
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=gpu.max_num_batched_tokens,
-        max_model_len=model.max_position_embeddings,
-    )
+    kv = costs.serving.kv if costs.serving else "bfloat16"
+    limits = engine_limits(model, gpu, ranks=ranks * costs.moe_tensor, tensor=tensor, precision=costs.precision, kv=kv)
+    if limits.num_blocks < 2:
+        raise InputError(
+            f"{model_name} on {gpu.name}",
+            "",
+            f"weights leave no room for a KV cache; allowed: more GPUs than {costs.group}",
+        )
     layout = f"one of {ranks} expert-parallel ranks with data-parallel attention (lockstep)" if ranks > 1 else "one GPU"
     if tensor > 1:
         layout = f"engine of {tensor} tensor-parallel GPUs among {ranks} expert-parallel ranks (lockstep)"
+    if costs.moe_tensor > 1 or (tensor > 1 and ranks == 1):
+        layout = f"engine of {tensor} tensor-parallel GPUs"
+    formats = "bfloat16" if precision == "bf16" else precision
     suffix = (f"-tp{tensor}" if tensor > 1 else "") + (f"-ep{ranks}" if ranks > 1 else "")
+    suffix += "" if precision == "bf16" else f"-{precision.replace('_', '-')}"
     return Profile(
         name=f"{model_name}-{gpu.name.split()[-1].lower()}" + suffix,
-        description=f"{model.model}, bfloat16, on {gpu.name}, {layout}",
+        description=f"{model.model}, {formats}, on {gpu.name}, {layout}",
         model=model.model,
         hardware=gpu.name,
-        source=SOURCE if gpu.tables is not None else _scaled_source(gpu),
+        source=_served(_source(precision, costs) if gpu.tables is not None else _scaled_source(gpu), costs),
         engine=limits,
         step_time=step_time,
-        experts=expert_shape(model, costs.tables, ranks),
+        experts=expert_shape(model, costs.tables, ranks, costs.precision, costs.moe_tensor) if model.experts else None,
     )
+
+
+def _source(precision: str, costs: KernelCosts) -> str:
+    if precision == "bf16":
+        return SOURCE
+    kernels = f"{costs.precision.moe} experts and {costs.precision.gemm} projections"
+    return SOURCE.replace("fused MoE (Triton, bfloat16)", f"fused MoE ({kernels})")
+
+
+def _served(source: str, costs: KernelCosts) -> str:
+    """Add what :class:`Serving` adds to the kernels."""
+    if costs.serving is None:
+        return source
+    added = []
+    if costs.precision.gemm != "fp8_block":
+        added.append(f"products of more than {GRAPH_TOKENS} tokens {REAL_DATA:.2f} times as long, for real data")
+    if costs.group > 1:
+        added.append("all-reduces beyond 8 MiB bounded by NCCL's ring")
+    if costs.model.experts:
+        added.append(f"at least {costs.serving.launch_us:g} us a layer, for launches, in steps outside CUDA graphs")
+    return f"{source.removesuffix('.')}; {'; '.join(added)}." if added else source
 
 
 def _scaled_source(gpu: Gpu) -> str:

@@ -100,6 +100,32 @@ class StepTime(Config):
     decode_context_us: NonNegative = Field(description="per context token of a decoding sequence")
 
 
+class Frontend(Config):
+    """What a client waits for beside the engine's steps, in microseconds: API server, tokeniser, its own reading.
+
+    A request reaches the scheduler ``request_us + prompt_token_us * prompt tokens`` after it was sent, and a client has
+    a token ``response_us`` after the end of its step. TTFT and E2E grow by both; TPOT does not, as all tokens are
+    delayed alike.
+    """
+
+    request_us: NonNegative = Field(default=0.0, description="from the client to the scheduler's queue")
+    prompt_token_us: NonNegative = Field(default=0.0, description="the same per prompt token")
+    response_us: NonNegative = Field(default=0.0, description="from the end of a step to the client")
+
+    def before_s(self, prompt_tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """Return the delay before the queue, seconds, shape as ``prompt_tokens``.
+
+        >>> Frontend(request_us=3000, prompt_token_us=2).before_s(np.array([500])).tolist()
+        [0.004]
+        """
+        return np.asarray(1e-6 * (self.request_us + self.prompt_token_us * prompt_tokens))
+
+    @property
+    def after_s(self) -> float:
+        """The delay after a step, seconds."""
+        return 1e-6 * self.response_us
+
+
 class StepFactors(Config):
     """Factors on the terms of a step time, to ask what a part of the hardware contributes."""
 
@@ -167,6 +193,9 @@ class Profile(Config):
     step_time: StepTime = Field(description="Terms of the duration of a step, microseconds.")
     experts: ExpertShape | None = Field(
         default=None, description="For the expert model: sizes, and costs per layer that depend on the placement."
+    )
+    frontend: Frontend | None = Field(
+        default=None, description="Delays of a request outside of the engine's steps, microseconds; none: 0."
     )
 
     def scaled(self, factors: StepFactors) -> Profile:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from servegym.envs.profiles.hardware import BYTES, Gpu, ModelShape
+from servegym.envs.profiles.hardware import BYTES, KV_BYTES, Gpu, ModelShape
 from servegym.envs.profiles.tables import AttentionRows, FloatArray, KernelTables, Series
 
 LAUNCH_FLOOR_US = 2.0
@@ -26,7 +26,7 @@ LAUNCH_FLOOR_US = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ScaledTables(KernelTables):
-    """Tables of ``measured`` as ``target`` would have them.
+    """Tables of ``measured`` as ``target`` would have them, in bfloat16.
 
     Attributes:
         measured: the GPU of the files.
@@ -36,20 +36,20 @@ class ScaledTables(KernelTables):
     measured: Gpu
     target: Gpu
 
-    def gemm(self, columns: int, depth: int) -> Series:
+    def gemm(self, columns: int, depth: int, dtype: str = "bfloat16") -> Series:
         """Return (rows, us) of a matrix product, scaled."""
-        rows, us = KernelTables.gemm(self, columns, depth)
+        rows, us = KernelTables.gemm(self, columns, depth, dtype)
         moved = BYTES * (rows * depth + depth * columns + rows * columns)
         return rows, self._scale(us, moved, 2 * rows * depth * columns)
 
-    def moe(self, model: ModelShape, ranks: int, distribution: str) -> Series:
+    def moe(self, model: ModelShape, ranks: int, distribution: str, dtype: str = "bfloat16", tensor: int = 1) -> Series:
         """Return (tokens over all ranks, us of the heaviest rank) of one MoE layer, scaled.
 
         The bytes are the weights of the experts that dealt tokens activate on a rank, and the tokens in and out.
         """
-        tokens, us = KernelTables.moe(self, model, ranks, distribution)
+        tokens, us = KernelTables.moe(self, model, ranks, distribution, dtype, tensor)
         routed = model.top_k * tokens / ranks
-        weights = 3 * model.hidden * model.moe_intermediate
+        weights = 3 * model.hidden * model.moe_intermediate / tensor
         active = np.minimum(model.experts / ranks, routed)
         return tokens, self._scale(us, BYTES * (active * weights + 2 * routed * model.hidden), 2 * routed * weights)
 
@@ -59,10 +59,10 @@ class ScaledTables(KernelTables):
         ratio = self.measured.link_bytes_per_s / self.target.link_bytes_per_s
         return message, us.min() + (us - us.min()) * ratio
 
-    def attention(self, model: ModelShape) -> AttentionRows:
+    def attention(self, model: ModelShape, kv: str = "bfloat16") -> AttentionRows:
         """Return prefill and decode attention, scaled."""
-        rows = KernelTables.attention(self, model)
-        cache = model.kv_bytes_per_token / model.layers
+        rows = KernelTables.attention(self, model, kv)
+        cache = model.kv_bytes_per_token / model.layers * KV_BYTES[kv] / BYTES
         width = BYTES * 2 * model.heads * model.head_dim
         moved = cache * (rows.context + np.where(rows.pairs > 0, rows.tokens, 0)) + width * rows.tokens
         us = self._scale(rows.us, moved, 4 * model.heads * model.head_dim * (rows.pairs + rows.context))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from servegym.baselines.heuristic import token_budget
 from servegym.baselines.interface import (
     CONTEXT_COLUMNS,
     E_DECODE_STEP_S,
@@ -39,6 +40,7 @@ from servegym.envs.simulator.records import (
     request_records,
     step_costs,
 )
+from servegym.envs.simulator.spare import array
 from servegym.envs.workloads.table import RequestTable
 
 
@@ -71,6 +73,7 @@ class Memory:
         oracle: bool = False,
         dispatch_oracle: bool = False,
         served_weights: tuple[float, float] | None = None,
+        budget_share: float | None = None,
         record_totals: bool = False,
         engine_params: npt.ArrayLike = (),
         request_params: npt.ArrayLike = (),
@@ -93,6 +96,9 @@ class Memory:
         size, count = len(engines), len(table)
         self.requests = request_records(table, user, session, template)
         self.engines = engine_records(engines, order)
+        for record in self.engines:
+            limit, sequences = int(record["max_num_batched_tokens"]), int(record["max_num_seqs"])
+            record["max_num_batched_tokens"] = token_budget(budget_share, limit, sequences)
         self.cluster = np.zeros(1, dtype=CLUSTER)
         self.engine_view = np.zeros((size, ENGINE_COLUMNS), order="F")
         self.request_row = np.zeros(REQUEST_COLUMNS)
@@ -117,6 +123,8 @@ class Memory:
             self._add_experts(experts, lockstep, seed)
         depth = 2 + int(np.ceil(telemetry.lag_s / telemetry.period_s)) if telemetry.period_s > 0 else 1
         roots = np.flatnonzero(table.parent < 0).astype(np.int32)
+        # A frontend that takes longer for a longer prompt lets others overtake.
+        roots = roots[np.argsort(table.arrival_s[roots], kind="stable")]
         parameters = [np.array(values, dtype=np.float64) for values in (engine_params, request_params)]
         self.request_params = parameters[1]
         fields: dict[str, Any] = {
@@ -229,7 +237,5 @@ class Memory:
             zeros["table_keys"] = (slots, np.int64)
             shapes |= {"blocks": (blocks, BLOCK), "front": (blocks, np.int32), "free": (slots, np.int32)}
             shapes |= {"table_blocks": (slots, np.int32), "block_tables": (seqs * record["row_length"], np.int32)}
-        for name, (length, dtype) in zeros.items():
-            record[f"{name}_at"] = self._own(np.zeros(length, dtype=dtype))
-        for name, (length, dtype) in shapes.items():
-            record[f"{name}_at"] = self._own(np.empty(length, dtype=dtype))
+        for name, (length, dtype) in (zeros | shapes).items():
+            record[f"{name}_at"] = self._own(array(self, length, dtype, zero=name in zeros))

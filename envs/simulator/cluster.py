@@ -29,11 +29,13 @@ from servegym.baselines.interface import (
     RequestView,
     pick,
 )
+from servegym.baselines.user_code import checked_scores
 from servegym.envs.simulator.build import Memory
 from servegym.envs.simulator.compile import announce_compilation, engine_score, request_key
 from servegym.envs.simulator.config import ClusterConfig, Fault
 from servegym.envs.simulator.experts.model import ExpertModel
 from servegym.envs.simulator.experts.replacement import Replacer
+from servegym.envs.simulator.frontend import common_frontend, delayed
 from servegym.envs.simulator.kernel import faults
 from servegym.envs.simulator.kernel.cluster import DISPATCH, DONE, HORIZON, ORDER, PLACEMENT, advance_to_decision
 from servegym.envs.simulator.kernel.queues import read_queue_of
@@ -57,6 +59,7 @@ class SimulatedCluster:
     :meth:`run` goes to the end; policies with a compiled form never leave the kernel.
 
     Attributes:
+        frontend: what the profiles add to the records' times, None for nothing.
         experts: the expert model, None without one.
         replacers: re-placements of its groups.
         expert_policies: the expert policy of each group, a copy each.
@@ -92,6 +95,7 @@ class SimulatedCluster:
         self.config = config
         self.table = table
         self.specs = config.expand()
+        self.frontend = common_frontend(self.specs)
         self.environment = simpy.Environment()
         self.totals = np.zeros(3)
         self._request_policy = request_policy
@@ -108,7 +112,7 @@ class SimulatedCluster:
         announce_compilation()
         self._hooks = _hooks(engine_policy)
         self.memory = Memory(
-            table,
+            delayed(table, self.frontend),
             self.specs,
             order=order,
             telemetry=config.telemetry,
@@ -119,6 +123,7 @@ class SimulatedCluster:
             oracle=getattr(request_policy, "needs_oracle", False),
             dispatch_oracle=getattr(engine_policy, "needs_oracle", False),
             served_weights=getattr(request_policy, "served_weights", None),
+            budget_share=getattr(request_policy, "budget_share", None),
             record_totals=record_totals,
             engine_params=form[1] if form else (),
             request_params=key_params,
@@ -204,6 +209,19 @@ class SimulatedCluster:
     def dispatch(self, engine: int) -> bool:
         """Send the pending request to ``engine`` and advance to the next decision; False at the end of the run."""
         return self._advance_to_dispatch(engine)
+
+    @property
+    def horizon_s(self) -> float:
+        """Time of the next event outside of the kernel, up to which lanes may run the cluster."""
+        return float(self.environment.peek())
+
+    def go_on(self, reason: int) -> bool:
+        """Advance to the next decision from where a lane of the kernel stopped; False at the end of the run.
+
+        Args:
+            reason: why it stopped.
+        """
+        return self._advance_to_dispatch(NONE, reason)
 
     def next_placement(self) -> int | None:
         """Advance to the next time that an expert group may be placed anew; None at the end of the run.
@@ -307,20 +325,25 @@ class SimulatedCluster:
         """The engines at the pending decision."""
         return EngineViews(self.memory.engine_view.copy(order="C"))
 
-    def _advance_to_dispatch(self, action: int) -> bool:
-        reason = self._advance(action)
+    def _advance_to_dispatch(self, action: int, stopped: int | None = None) -> bool:
+        reason = self._advance(action, stopped)
         while reason == PLACEMENT:
             self.place(self.expert_policies[int(self.memory.cluster["placement_group"][0])])
             reason = self._advance(NONE)
         return reason == DISPATCH
 
-    def _advance(self, action: int) -> int:
-        """Advance to a decision, a pause or the end: DISPATCH, PLACEMENT, ORDER, HORIZON or DONE."""
+    def _advance(self, action: int, stopped: int | None = None) -> int:
+        """Advance to a decision, a pause or the end: DISPATCH, PLACEMENT, ORDER, HORIZON or DONE.
+
+        Args:
+            action: answer to a pending dispatch.
+            stopped: why the kernel stopped, where it has run already.
+        """
         cluster = self.memory.cluster
         while True:
-            horizon = self.environment.peek()
-            reason = advance_to_decision(cluster, horizon, action, self.totals)
-            action = NONE
+            horizon = self.horizon_s
+            reason = advance_to_decision(cluster, horizon, action, self.totals) if stopped is None else stopped
+            action, stopped = NONE, None
             if reason in (DISPATCH, PLACEMENT) or (reason == ORDER and self._request_policy is None):
                 return reason
             if reason == HORIZON:
@@ -358,7 +381,8 @@ class SimulatedCluster:
             raise RuntimeError("the cluster has no engine policy; use next_decision() and dispatch()")
         self._deliver_events()
         request, engines = self.request_view(), self.engine_views()
-        choice = pick(policy.score(request, engines), engines.available)
+        scores = checked_scores(policy, policy.score(request, engines), len(engines))
+        choice = pick(scores, engines.available)
         if "on_dispatch" in self._hooks:
             self._hooks["on_dispatch"](request, choice)
         return choice
@@ -381,7 +405,8 @@ class SimulatedCluster:
         """Score a waiting queue with a policy without compiled form."""
         queue, members = self.waiting_requests(engine)
         assert self._request_policy is not None
-        self.memory.requests["key"][members] = self._request_policy.score(queue)
+        scores = checked_scores(self._request_policy, self._request_policy.score(queue), len(queue))
+        self.memory.requests["key"][members] = scores
         self.memory.engines["ordered"][engine] = 1
 
     # ------------------------------------------------------------------------------------------------ change

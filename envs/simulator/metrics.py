@@ -58,9 +58,12 @@ class RunOutcome:
 
     @classmethod
     def of(cls, cluster: ServingRun) -> RunOutcome:
-        """Read the outcome of a run."""
+        """Read the outcome of a run, as a client of its frontend sees it."""
         requests = cluster.memory.requests
         arrival, first, finish = requests["arrival_s"], requests["first_s"], requests["finish_s"]
+        if cluster.frontend is not None:
+            arrival = arrival - cluster.frontend.before_s(requests["prompt"])
+            first, finish = first + cluster.frontend.after_s, finish + cluster.frontend.after_s
         gaps = np.where(requests["output"] > 1, requests["output"] - 1, np.nan)
         return cls(
             arrival_s=arrival.copy(),
@@ -76,6 +79,13 @@ class RunOutcome:
             hit_tokens=requests["hit_tokens"].copy(),
         )
 
+    def counted(self, warmup_share: float) -> npt.NDArray[np.bool_]:
+        """Return which requests come after the first ``warmup_share`` of arrivals, shape (requests,)."""
+        order = np.argsort(self.arrival_s, kind="stable")
+        counted = np.zeros(len(order), dtype=bool)
+        counted[order[int(warmup_share * len(order)) :]] = True
+        return counted
+
     def metrics(
         self, *, warmup_share: float = 0.0, ttft_slo_s: float = np.inf, tpot_slo_s: float = np.inf
     ) -> dict[str, Any]:
@@ -85,9 +95,7 @@ class RunOutcome:
         arrival, which has no steady load, lengthens latencies but no rate. Goodput counts those within both objectives;
         a request's own deadline replaces ``ttft_slo_s``.
         """
-        order = np.argsort(self.arrival_s, kind="stable")
-        counted = np.zeros(len(order), dtype=bool)
-        counted[order[int(warmup_share * len(order)) :]] = True
+        counted = self.counted(warmup_share)
         start, last = self.arrival_s[counted].min(), self.arrival_s[counted].max()
         done = np.isfinite(self.finish_s)
         span = max(last - start, 1e-9) if counted.sum() > 1 else float(np.nanmax(self.finish_s) - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ class RandomFaults:
         environment: SimPy's environment of the run.
         faults: what may happen.
         engines: the kernel's ENGINE records, shape (engines,).
-        apply: carries out a fault now.
+        apply: method of the cluster that carries out a fault now.
         seed: seed of the run.
 
     Attributes:
@@ -39,7 +40,8 @@ class RandomFaults:
         self.log: list[Fault] = []
         self._environment = environment
         self._engines = engines
-        self._apply = apply
+        # Weak, as the cluster owns this object: what a finished run holds is free at once, without a collector.
+        self._apply = weakref.WeakMethod(apply)
         self._disturbed: set[int] = set()
         for number, fault in enumerate(faults):
             for engine in range(len(engines)):
@@ -74,4 +76,6 @@ class RandomFaults:
     def _do(self, engine: int, kind: Any, factor: float) -> None:
         fault = Fault(at_s=self._environment.now, engine=engine, kind=kind, factor=factor)
         self.log.append(fault)
-        self._apply(fault)
+        apply = self._apply()
+        assert apply is not None
+        apply(fault)

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import simpy
+
+from servegym.baselines.interface import FloatArray
 
 if TYPE_CHECKING:
     from servegym.envs.simulator.cluster import SimulatedCluster
+
+
+def sample_every(cluster: SimulatedCluster, every_s: float, take: Callable[[], None]) -> None:
+    """Have ``take`` called every ``every_s`` seconds of a run, until all requests have finished."""
+
+    def process() -> Generator[simpy.Event, Any, None]:
+        while cluster.finished < len(cluster.table):
+            yield cluster.environment.timeout(every_s)
+            take()
+
+    cluster.environment.process(process())
+
+
+def kv_usage(engines: npt.NDArray[Any]) -> FloatArray:
+    """Return the share of each engine's KV blocks that is in use, shape (engines,), from its record."""
+    return np.asarray(1.0 - engines["free_blocks"] / (engines["num_blocks"] - 1))
 
 
 class Timeline:
@@ -22,10 +41,9 @@ class Timeline:
 
     def __init__(self, cluster: SimulatedCluster, every_s: float) -> None:
         self._cluster = cluster
-        self._every_s = every_s
         self._rows: list[dict[str, float]] = []
         self._balance = self._balance_sums()
-        cluster.environment.process(self._sample())
+        sample_every(cluster, every_s, self._sample)
 
     def table(self) -> dict[str, list[float]]:
         """Return one list per column, an entry per interval.
@@ -40,7 +58,10 @@ class Timeline:
         requests = self._cluster.memory.requests
         gaps = np.where(requests["output"] > 1, requests["output"] - 1, np.nan)
         tpot = (requests["finish_s"] - requests["first_s"]) / gaps
-        columns["ttft_s"] = self._means(times, requests["first_s"], requests["first_s"] - requests["arrival_s"])
+        ttft = requests["first_s"] - requests["arrival_s"]
+        if self._cluster.frontend is not None:
+            ttft = ttft + self._cluster.frontend.before_s(requests["prompt"]) + self._cluster.frontend.after_s
+        columns["ttft_s"] = self._means(times, requests["first_s"], ttft)
         columns["tpot_s"] = self._means(times, requests["finish_s"], tpot)
         return columns
 
@@ -58,21 +79,18 @@ class Timeline:
         records = self._cluster.experts.records
         return float(records["balancedness_sum"].sum()), int(records["steps"].sum())
 
-    def _sample(self) -> Generator[simpy.Event, Any, None]:
-        cluster = self._cluster
-        while cluster.finished < len(cluster.table):
-            yield cluster.environment.timeout(self._every_s)
-            engines = cluster.memory.engines
-            row = {
-                "time_s": float(cluster.environment.now),
-                "running": float(engines["running"].sum()),
-                "waiting": float(engines["waiting"].sum()),
-                "kv_usage": float((1.0 - engines["free_blocks"] / (engines["num_blocks"] - 1)).mean()),
-            }
-            if cluster.experts is not None:
-                (total, steps), (total_before, steps_before) = self._balance_sums(), self._balance
-                self._balance = total, steps
-                change = steps - steps_before
-                row["balancedness"] = (total - total_before) / change if change else float("nan")
-                row["replacements"] = float(sum(replacer.count for replacer in cluster.replacers))
-            self._rows.append(row)
+    def _sample(self) -> None:
+        cluster, engines = self._cluster, self._cluster.memory.engines
+        row = {
+            "time_s": float(cluster.environment.now),
+            "running": float(engines["running"].sum()),
+            "waiting": float(engines["waiting"].sum()),
+            "kv_usage": float(kv_usage(engines).mean()),
+        }
+        if cluster.experts is not None:
+            (total, steps), (total_before, steps_before) = self._balance_sums(), self._balance
+            self._balance = total, steps
+            change = steps - steps_before
+            row["balancedness"] = (total - total_before) / change if change else float("nan")
+            row["replacements"] = float(sum(replacer.count for replacer in cluster.replacers))
+        self._rows.append(row)

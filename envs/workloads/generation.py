@@ -13,8 +13,9 @@ from servegym.envs.workloads.distributions import Float, Int32, sample_whole
 from servegym.envs.workloads.sessions import Flags, Turns, converse
 from servegym.envs.workloads.table import RequestTable
 from servegym.envs.workloads.templates import assign_templates
+from servegym.envs.workloads.tenants import superpose
 from servegym.envs.workloads.traces import TraceConfig, load_trace
-from servegym.envs.workloads.workload import WorkloadConfig
+from servegym.envs.workloads.workload import WorkloadConfig, load_workload
 from servegym.errors import InputError
 
 Columns = dict[str, Any]
@@ -91,8 +92,10 @@ def generate(
         if scale != LengthScale():
             raise InputError(config.name, "scale", f"got {scale.prompt:g}, {scale.output:g}; allowed beside a trace: 1")
         return _from_trace(config, streams, rate_rps, requests, duration_s, max_tokens)
-    assert config.arrivals is not None
     assert rate_rps is not None
+    if config.tenants:
+        return _of_tenants(config, rate_rps, requests, duration_s, seed, max_tokens, scale)
+    assert config.arrivals is not None
     if config.sessions is not None:
         span_s = min(requests / rate_rps if requests else math.inf, duration_s or math.inf)
         count = max(1, round(rate_rps * span_s))
@@ -239,6 +242,34 @@ def _window(drawn: _Drawn, roots: Float, span_s: float) -> RequestTable:
         "think_s": drawn.think_s,
     }
     return RequestTable.build(arrival[order], **{name: values[order] for name, values in columns.items()})
+
+
+def _of_tenants(
+    config: WorkloadConfig,
+    rate_rps: float,
+    requests: int | None,
+    duration_s: float | None,
+    seed: int,
+    max_tokens: int | None,
+    scale: LengthScale,
+) -> RequestTable:
+    """Draw each tenant's requests with a seed of its own, and merge them."""
+    total, parts = sum(tenant.share for tenant in config.tenants), []
+    for index, tenant in enumerate(config.tenants):
+        share = tenant.share / total
+        table = generate(
+            load_workload(tenant.workload),
+            rate_rps=share * rate_rps,
+            requests=max(1, round(share * requests)) if requests is not None else None,
+            duration_s=duration_s,
+            seed=int(np.random.SeedSequence([seed, index]).generate_state(1)[0]),
+            max_tokens=max_tokens,
+            scale=scale,
+        )
+        if table.prefix_block_tokens:
+            raise InputError(config.name, f"tenants.{index}.workload", "has block hashes; allowed: one without")
+        parts.append(tenant.stamped(table))
+    return superpose(parts)
 
 
 def _from_trace(

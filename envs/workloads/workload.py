@@ -12,15 +12,20 @@ from servegym.envs.workloads.arrivals import Arrivals
 from servegym.envs.workloads.distributions import Distribution
 from servegym.envs.workloads.sessions import Sessions
 from servegym.envs.workloads.templates import Templates
+from servegym.envs.workloads.tenants import Tenant
 from servegym.envs.workloads.traces import TraceConfig
 from servegym.envs.workloads.users import Deadline, Prediction, Priorities, Users
 
-# What a trace replaces; the first three are required without one.
+# What a trace replaces, or tenants; the first three are required without either.
 _GENERATED = ("arrivals", "prompt_tokens", "output_tokens", "sessions", "templates")
+_PROMISES = ("users", "priorities", "deadline", "prediction")
 
 
 class WorkloadConfig(Config):
-    """Traffic by its statistics, or a trace. The mean rate is not part of it: it is given when requests are drawn."""
+    """Traffic by its statistics, a trace, or tenants with a workload each.
+
+    The mean rate is not part of it: it is given when requests are drawn.
+    """
 
     name: str
     description: str
@@ -41,14 +46,19 @@ class WorkloadConfig(Config):
         default=None, description="recorded requests instead of generated ones; users, deadlines ... replace its own"
     )
 
+    tenants: tuple[Tenant, ...] = Field(default=(), description="workloads that are served together, in place of one")
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
         required = [name for name in _GENERATED[:3] if getattr(self, name) is None]
-        if self.trace is None and required:
-            raise ValueError(f"{' and '.join(required)} for a generated workload, or a trace")
+        if self.trace is None and not self.tenants and required:
+            raise ValueError(f"{' and '.join(required)} for a generated workload, a trace, or tenants")
         unused = [name for name in _GENERATED if getattr(self, name)]
         if self.trace is not None and unused:
             raise ValueError(f"no {' and no '.join(unused)} beside a trace")
+        unused += [name for name in (*_PROMISES, "max_tokens", "trace") if getattr(self, name) is not None]
+        if self.tenants and unused:
+            raise ValueError(f"no {' and no '.join(unused)} beside tenants, which have their own")
         if sum(family.share for family in self.templates) > 1 + 1e-9:
             raise ValueError("shares of templates that add up to at most 1")
         return self

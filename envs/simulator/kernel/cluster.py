@@ -214,11 +214,11 @@ def _arrive(s: State, r: int, now: float) -> bool:
 
 
 @jit
-def advance(cluster: Any, horizon: float, action: int) -> int:
+def advance(s: State, horizon: float, action: int) -> int:
     """Run the cluster up to ``horizon`` or to the next decision that is not compiled.
 
     Args:
-        cluster: the cluster's record, an array of one.
+        s: the cluster.
         horizon: stop before events at or after this time, seconds.
         action: engine for the request that waits for a decision, NONE if none does.
 
@@ -227,7 +227,6 @@ def advance(cluster: Any, horizon: float, action: int) -> int:
         ``order_engine`` set, or PLACEMENT with ``placement_group`` and ``placement_s`` set, which the caller takes back
         by moving the group's ``next_placement``.
     """
-    s = cluster[0]
     if s.pending != NONE:
         if action == NONE:
             return DISPATCH
@@ -254,13 +253,12 @@ def advance(cluster: Any, horizon: float, action: int) -> int:
 
 
 @jit
-def advance_to_decision(cluster: Any, horizon: float, action: int, totals: Any) -> int:
+def advance_with_totals(s: State, horizon: float, action: int, totals: Any) -> int:
     """As :func:`advance`, and write the reward integrals into ``totals``, shape (3,), as of the decision or the end.
 
     Of an engine that has not come that far its counts now are taken to last until then; the next call mends that.
     """
-    reason = advance(cluster, horizon, action)
-    s = cluster[0]
+    reason = advance(s, horizon, action)
     if reason == DONE:
         for e in range(s.engine_count):
             s.now_s = max(s.now_s, engine_at(s.engines_at, e).integral_s)
@@ -271,3 +269,9 @@ def advance_to_decision(cluster: Any, horizon: float, action: int, totals: Any) 
         s.totals_s = max(s.now_s, s.placement_s)
     sum_integrals(s, s.totals_s, totals)
     return reason
+
+
+@jit
+def advance_to_decision(cluster: Any, horizon: float, action: int, totals: Any) -> int:
+    """As :func:`advance_with_totals`, of a cluster's record as an array of one."""
+    return advance_with_totals(cluster[0], horizon, action, totals)

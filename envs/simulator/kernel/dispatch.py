@@ -110,11 +110,9 @@ def _repeat(s: State, e: int, before: int, now: int) -> None:
 
 @jit
 def _visible_snapshot(s: State, now: float) -> int:
-    """Slot of the newest snapshot that has arrived at the router."""
-    depth = s.telemetry_depth
+    """Number of the newest snapshot that has arrived at the router."""
     newest = math.floor((now - s.telemetry_lag_s) / s.telemetry_period_s)
-    newest = min(max(newest, 0), s.telemetry_count - 1)
-    return newest % depth
+    return min(max(newest, 0), s.telemetry_count - 1)
 
 
 @jit
@@ -151,12 +149,13 @@ def _show_engines(s: State, view: Any, now: float) -> None:
     """Bring the view up to date: all engines after a new snapshot, else those whose counters have changed."""
     count = s.engine_count
     live = s.telemetry_period_s == 0.0
-    slot = 0 if live else _visible_snapshot(s, now)
+    number = 0 if live else _visible_snapshot(s, now)
+    slot = number % s.telemetry_depth
     if live:
         for e in range(count):
             if engine_at(s.engines_at, e).reporting:
                 _measure(s, e, now, 0)
-    if live or slot != s.shown_snapshot:
+    if live or number != s.shown_snapshot:
         for e in range(count):
             _show(s, view, e, slot)
     else:
@@ -165,7 +164,7 @@ def _show_engines(s: State, view: Any, now: float) -> None:
     for i in range(s.changed_count):
         engine_at(s.engines_at, ints(s.changed_at)[i]).changed = 0
     s.changed_count = 0
-    s.shown_snapshot = slot
+    s.shown_snapshot = number
     for e in range(count):
         view[e, E_TELEMETRY_AGE_S] = now - floats(s.snapshot_s_at)[e]
 

@@ -14,7 +14,16 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from servegym.envs.simulator.kernel.state import BLOCK, ENGINE, EXPERTS, INDEX_LRU, INDEX_NODE, REQUEST, TELEMETRY
+from servegym.envs.simulator.kernel.state import (
+    BLOCK,
+    CLUSTER,
+    ENGINE,
+    EXPERTS,
+    INDEX_LRU,
+    INDEX_NODE,
+    REQUEST,
+    TELEMETRY,
+)
 
 
 def _pointer(element: types.Type) -> Any:
@@ -76,6 +85,7 @@ longs = _pointer(types.int64)
 floats = _pointer(types.float64)
 small = _pointer(types.int8)
 shorts = _pointer(types.uint16)
+cluster_at = _element(CLUSTER)
 request_at = _element(REQUEST)
 engine_at = _element(ENGINE)
 telemetry_at = _element(TELEMETRY)

@@ -208,7 +208,7 @@ CLUSTER = np.dtype(
         ("telemetry_count", "i8"),
         ("affinity_shown", "i8"),  # the view shows homes
         ("hits_shown", "i8"),
-        ("shown_snapshot", "i8"),  # slot of the snapshot that the view shows
+        ("shown_snapshot", "i8"),  # number of the snapshot that the view shows
         ("order_engine", "i8"),
         ("groups_at", "i8"),  # EXPERTS, one in lockstep, else one per engine; 0 without an expert model
         ("placement_group", "i8"),  # the group that waits for its expert policy

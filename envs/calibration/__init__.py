@@ -1,0 +1,1 @@
+"""Calibration: a profile of a live engine from measured steps."""
