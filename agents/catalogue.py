@@ -6,7 +6,9 @@ import dataclasses
 import importlib
 import inspect
 import itertools
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -18,16 +20,19 @@ import servegym
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import LAYERS, describe
 from servegym.configuration import Config, load_mapping, shipped_configs
+from servegym.engine_bridge.manifest import MANIFEST
+from servegym.engine_bridge.shipped import PREFIX, shipped_bundles
 from servegym.errors import InputError, nearest
 
-_CONFIG_KINDS = ("simulate", "train", "evaluate", "clusters", "replay", "deploy")
+_CONFIG_KINDS = ("simulate", "train", "tune", "evaluate", "clusters", "replay", "validate", "deploy")
 
 
 def catalogue() -> dict[str, Any]:
-    """Return policies by layer, environments, workloads, profiles and configs, each with name and explanation."""
+    """Return policies by layer, bundles, environments, workloads, profiles and configs, each with an explanation."""
     return {
         "policies": {layer: describe(layer) for layer in LAYERS},
         "environments": _environments(),
+        "bundles": [_bundle(name, folder) for name, folder in shipped_bundles().items()],
         "workloads": [_described(path.stem, load_mapping(path)) for path in shipped_configs("workloads").values()],
         "profiles": [_described(path.stem, load_mapping(path)) for path in shipped_configs("profiles").values()],
         "configs": [
@@ -63,6 +68,19 @@ def _environments() -> list[dict[str, Any]]:
             }
         )
     return entries
+
+
+def _bundle(name: str, folder: Path) -> dict[str, Any]:
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    training = manifest["training"]
+    return {
+        "name": name,
+        "explanation": f"A learned {manifest['layer']} policy: train config {training['run']},"
+        f" {training['steps']:,} decisions.",
+        "page": (folder / "README.md").read_text(encoding="utf-8"),
+        "parameters": [],
+        "source": "",
+    }
 
 
 def _parameters(model: type[Config]) -> list[dict[str, Any]]:
@@ -111,7 +129,7 @@ def tables(content: dict[str, Any]) -> list[Table]:
             parameters = ", ".join(f"{item['name']}={item['default']}" for item in entry["parameters"])
             table.add_row(entry["name"], entry["explanation"], parameters, entry["source"])
         found.append(table)
-    for kind in ("environments", "workloads", "profiles", "configs"):
+    for kind in ("bundles", "environments", "workloads", "profiles", "configs"):
         table = Table("name", "explanation", title=kind, title_justify="left")
         for entry in content[kind]:
             name = f"{entry['source']} {entry['name']}" if kind == "configs" else entry["name"]
@@ -125,7 +143,7 @@ def page(content: dict[str, Any], name: str) -> RenderableType:
 
     Args:
         content: the catalogue.
-        name: an entry's name, an environment's also without ``servegym/``; a layer in front (``engine=random``) where
+        name: an entry's name, also without ``servegym/``; a layer in front (``engine=random``) where
             several layers have the name.
 
     Raises:
@@ -135,10 +153,11 @@ def page(content: dict[str, Any], name: str) -> RenderableType:
     found = []
     for kind, entries in {**content["policies"], **content}.items():
         if kind != "policies" and layer in ("", kind):
-            found += [(kind, entry) for entry in entries if entry["name"].removeprefix("servegym/") == bare]
+            found += [(kind, entry) for entry in entries if bare in (entry["name"], entry["name"].removeprefix(PREFIX))]
     if not found:
-        known = [entry["name"].removeprefix("servegym/") for entry in _entries(content)]
-        raise InputError("list", name, f"unknown name; {nearest(bare, known)}")
+        known = [entry["name"].removeprefix(PREFIX) for entry in _entries(content)]
+        hint = nearest(bare, known)
+        raise InputError("list", name, f"unknown name; {hint if 'mean' in hint else 'all of them: servegym list'}")
     if len(found) > 1:
         raise InputError("list", name, f"several; allowed: {', '.join(f'{kind}={bare}' for kind, _ in found)}")
     return _page(*found[0])
@@ -151,10 +170,10 @@ def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _page(kind: str, entry: dict[str, Any]) -> RenderableType:
     layer = f"{kind} policy" if kind in LAYERS else kind.removesuffix("s")
-    parts: list[RenderableType] = [Markdown(f"# {entry['name']}\n*{layer}*\n\n{_markdown(entry['explanation'])}")]
+    parts: list[RenderableType] = [Markdown(f"# {entry['name']}\n*{layer}*\n\n{markdown(entry['explanation'])}")]
     text = entry.get("formula") or entry.get("page") or ""
     if text:
-        parts.append(Markdown(_markdown(text)))
+        parts.append(Markdown(markdown(text)))
     if entry["parameters"]:
         table = Table("parameter", "default", "meaning", title="")
         for item in entry["parameters"]:
@@ -170,6 +189,6 @@ def _page(kind: str, entry: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _markdown(text: str) -> str:
+def markdown(text: str) -> str:
     """Docstrings mark code by two backticks; Markdown would keep a line break in it."""
-    return re.sub(r":(?:class|mod|func):`~?([^`]*)`", r"`\1`", text.replace("``", "`"))
+    return re.sub(r":(?:class|mod|func):`~?([^`]*)`", r"`\1`", re.sub(r"(?<!`)``(?!`)", "`", text))

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from servegym.agents.progress import Bar
+
 if TYPE_CHECKING:
     from servegym.engine_bridge.cluster.launcher import LiveCluster
 
@@ -44,7 +46,9 @@ def up(
     from servegym.engine_bridge.cluster.launcher import start_cluster
 
     file = load_config(ClusterFile, config, "clusters", settings or [])
-    _show(start_cluster(file, _folder(file.name, folder), _say), as_json)
+    with Bar(f"starting {file.name}, gives up after {file.ready_timeout_s:g} s", None, quiet=as_json) as bar:
+        cluster = start_cluster(file, _folder(file.name, folder), bar.say)
+    _show(cluster, as_json)
 
 
 @cluster_app.command()
@@ -59,7 +63,8 @@ def status(
 def down(name: Annotated[str, typer.Argument(help="The cluster's name.")], folder: Folder = None) -> None:
     """End the engines of a cluster, with all of their processes."""
     cluster = _find(name, folder)
-    cluster.stop()
+    with Bar(f"ending {name}", None):
+        cluster.stop()
     _say(f"cluster {name}: {len(cluster.engines)} engines ended")
 
 
@@ -72,7 +77,8 @@ def order(
     """Let the running engines order their waiting queues by another request policy, or a policy bundle."""
     from servegym.baselines.policy_spec import PolicySpec
 
-    version = _find(name, folder).follow(PolicySpec.parse(policy))
+    with Bar("waiting until the engines follow", None):
+        version = _find(name, folder).follow(PolicySpec.parse(policy))
     _say(f"cluster {name}: ordered by {policy}, version {version}")
 
 
@@ -98,8 +104,11 @@ def record(
     experts = LiveExperts(engines[engine].url)
     layers, count = experts.start(keep=True)
     _say(f"recording {layers} layers of {count} experts for {seconds:g} s; Ctrl-C ends it")
-    with contextlib.suppress(KeyboardInterrupt):
-        time.sleep(seconds)
+    begun = time.monotonic()
+    with contextlib.suppress(KeyboardInterrupt), Bar("recording", seconds, unit="s") as bar:
+        while (passed := time.monotonic() - begun) < seconds:
+            time.sleep(min(0.5, seconds - passed))
+            bar.update(time.monotonic() - begun)
     _say(f"{experts.save_trace(out):,} tokens written to {out}")
 
 

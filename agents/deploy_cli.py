@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 from rich.console import Console
-from rich.table import Table
 
+from servegym.agents.progress import Bar
 from servegym.errors import EngineError, InputError
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 @deploy_app.command()
 def run(
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="An engine policy by name, or a policy bundle.")],
+    policy: Annotated[
+        str, typer.Argument(metavar="POLICY", help="An engine policy by name, file.py:Class, a bundle or run folder.")
+    ],
     cluster: Annotated[
         str,
         typer.Option(help="A cluster that runs, by name; or a cluster file, whose engines are started or attached to."),
@@ -75,7 +77,9 @@ def run(
     ] = None,
 ) -> None:
     """Serve the engines of a cluster behind one OpenAI-compatible endpoint, by a policy, until Ctrl-C."""
+    from servegym.engine_bridge.gateway.arms import check_policy
     from servegym.engine_bridge.gateway.serve import serve
+    from servegym.engine_bridge.router.discovery import Discovery
 
     given = {
         "policy": policy.removeprefix("engine="),
@@ -87,6 +91,24 @@ def run(
         "name": name,
     }
     loaded = _load(config, {key: value for key, value in given.items() if value is not None}, settings or [])
+    check_policy(loaded.policy, loaded.deadline_ms / 1000)
+    file = _discovering(cluster)
+    if file is not None:
+        key = None if loaded.request_policy is None else _static_key(loaded.request_policy, loaded)
+        _say(f"engines: all that answer to {file.discover}")
+        asyncio.run(
+            serve(
+                loaded,
+                _folder(loaded.name),
+                (),
+                discovery=Discovery(str(file.discover), file.most_engines),
+                static_key=key,
+                with_envoy=not no_envoy,
+                facts={"cluster": file.name},
+                say=_say,
+            )
+        )
+        return
     with _engines(cluster, loaded.request_policy) as live, contextlib.suppress(asyncio.CancelledError):
         key = _request_level(live, loaded)
         facts = {"cluster": live.name, "model": live.model}
@@ -98,24 +120,32 @@ def run(
 
 
 @deploy_app.command()
-def status(name: Name = "default", as_json: Json = False) -> None:
-    """Show a deployment: its policy, mode and engines."""
+def status(
+    name: Name = "default",
+    watch: Annotated[bool, typer.Option("--watch", help="Until Ctrl-C: a live page; off a terminal, lines.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")] = 2.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout; with --watch one a line.")
+    ] = False,
+) -> None:
+    """Show a deployment: its policy, mode, traffic and engines."""
+    from servegym.agents import deploy_view
+
     content = _call(name, "/status")
-    if as_json:
+
+    def look() -> dict[str, Any]:
+        try:
+            return _call(name, "/status")
+        except InputError:
+            raise EngineError(f"{name} has ended") from None
+
+    if watch:
+        deploy_view.watch(look, interval, as_json)
+    elif as_json:
         print(json.dumps(content, indent=1))
-        return
-    share = f" {content['percent']:g} %" if content["percent"] else ""
-    title = (
-        f"{name} on {content['listen'] or content['picker']}: {content['policy']} (version {content['version']}),"
-        f" mode {content['mode']}{share}, {content['in_flight']} in flight"
-    )
-    columns = ("state", "in_flight", "prefill_tokens", "waiting", "running", "kv_usage", "telemetry_age_s")
-    table = Table("engine", *(column.replace("_", " ") for column in columns), title=title, title_justify="left")
-    for engine in content["engines"]:
-        table.add_row(engine["endpoint"], *(str(engine[column]) for column in columns))
-    fallbacks = ", ".join(f"{count} {reason}" for reason, count in content["fallbacks"].items())
-    table.caption = f"fallbacks to least_requests: {fallbacks or 'none'}"
-    (Console() if sys.stdout.isatty() else Console(width=140)).print(table)
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=140)
+        console.print(deploy_view.page(content, width=console.width))
 
 
 @deploy_app.command()
@@ -126,13 +156,16 @@ def swap(
     name: Name = "default",
 ) -> None:
     """Let another policy decide, or the same in another mode. It must first answer recorded requests; none is lost."""
+    from servegym.baselines.policy_spec import PolicySpec
+
     given = {"policy": policy and policy.removeprefix("engine="), "mode": mode, "percent": percent}
     content = {key: value for key, value in given.items() if value is not None}
     if not content:
         raise InputError("deploy swap", "", "nothing to change; allowed: POLICY, --mode, --percent")
-    if policy is not None and Path(policy).exists():
-        content["policy"] = str(Path(policy).resolve())
-    _call(name, "/policy", content)
+    if policy is not None:
+        content["policy"] = str(PolicySpec.parse(policy.removeprefix("engine=")).located())
+    with Bar("rehearsing the policy", None):
+        _call(name, "/policy", content)
     state = _call(name, "/status")
     _say(f"{name}: {state['policy']} (version {state['version']}), mode {state['mode']}")
 
@@ -166,8 +199,9 @@ def stop(name: Name = "default") -> None:
         raise _not_serving(name)
     with contextlib.suppress(ProcessLookupError):
         os.kill(state["pid"], signal.SIGTERM)
-    while process_alive(state["pid"]):
-        time.sleep(0.1)
+    with Bar("draining: running streams may end", None):
+        while process_alive(state["pid"]):
+            time.sleep(0.1)
     # Of a deployment that was killed, Envoy still runs.
     if state["envoy_group"]:
         stop_groups([state["envoy_group"]], timeout_s=3.0)
@@ -182,6 +216,17 @@ def _load(config: str | None, given: dict[str, Any], settings: Sequence[str]) ->
     source = "deploy" if config is None else str(find_config(config, "deploy"))
     content = {} if config is None else load_mapping(source)
     return validate(DeployConfig, apply_overrides(content | given, settings), source)
+
+
+def _discovering(cluster: str) -> ClusterFile | None:
+    """The cluster file, if it is one whose engines come and go."""
+    from servegym.configuration import load_config
+    from servegym.engine_bridge.cluster.config import ClusterFile
+
+    if any(folder.is_dir() for folder in (Path(cluster), Path("runs") / "clusters" / cluster)):
+        return None
+    file = load_config(ClusterFile, cluster, "clusters")
+    return file if file.discover is not None else None
 
 
 @contextlib.contextmanager
@@ -202,7 +247,10 @@ def _engines(cluster: str, request_policy: PolicySpec | None) -> Iterator[LiveCl
     if found is not None and all(engine.running for engine in found.engines):
         yield found
         return
-    with running_cluster(_with_order(file, request_policy), folders / file.name, _say) as started:
+    with contextlib.ExitStack() as stack:
+        with Bar(f"starting {file.name}, gives up after {file.ready_timeout_s:g} s", None) as bar:
+            wanted = _with_order(file, request_policy)
+            started = stack.enter_context(running_cluster(wanted, folders / file.name, bar.say))
         yield started
 
 
@@ -215,9 +263,7 @@ def _with_order(file: ClusterFile, request_policy: PolicySpec | None) -> Cluster
 
 def _request_level(live: LiveCluster, config: DeployConfig) -> StaticKey | None:
     """Put the request policy in force, inside the engines or as a key of each request."""
-    from servegym.baselines.registry import create
     from servegym.engine_bridge.cluster.priorities import heeds_priorities
-    from servegym.engine_bridge.gateway.static_key import StaticKey
 
     spec = config.request_policy
     if spec is None:
@@ -226,7 +272,7 @@ def _request_level(live: LiveCluster, config: DeployConfig) -> StaticKey | None:
         live.follow(spec)
         _say(f"waiting queues: {spec}, by our scheduler in the engines")
         return None
-    key = StaticKey(create("request", spec), str(spec), config.engine.prefill_tokens_per_s)
+    key = _static_key(spec, config)
     for engine in live.engines:
         heeds = heeds_priorities(engine.url, live.model)
         if heeds is False:
@@ -240,6 +286,13 @@ def _request_level(live: LiveCluster, config: DeployConfig) -> StaticKey | None:
             _say(f"{engine.url}: cannot tell whether it heeds priorities; it needs --scheduling-policy priority")
     _say(f"waiting queues: {spec}, as a fixed priority of each request")
     return key
+
+
+def _static_key(spec: PolicySpec, config: DeployConfig) -> StaticKey:
+    from servegym.baselines.registry import create
+    from servegym.engine_bridge.gateway.static_key import StaticKey
+
+    return StaticKey(create("request", spec), str(spec), config.engine.prefill_tokens_per_s)
 
 
 def _folder(name: str) -> Path:
@@ -257,7 +310,9 @@ def _state(name: str) -> dict[str, Any]:
 
 
 def _not_serving(name: str) -> InputError:
-    return InputError("deploy", "name", f"got {name}, which does not serve; start it: servegym deploy POLICY ...")
+    return InputError(
+        "deploy", "name", f"got {name}, which does not serve; start it: servegym deploy POLICY --cluster NAME"
+    )
 
 
 def _call(name: str, path: str, content: dict[str, Any] | None = None) -> dict[str, Any]:

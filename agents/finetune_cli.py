@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,16 +23,13 @@ def finetune_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Learn from logged decisions, and judge the result on the end of the log before it may act."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from servegym.agents.offpolicy.finetune import FinetuneConfig, finetune
+    from servegym.agents.progress import Bar
     from servegym.configuration import apply_overrides, validate
 
     config = validate(FinetuneConfig, apply_overrides({}, settings or []), "--set")
-    with Progress(console=Console(stderr=True), transient=True, disable=as_json or not sys.stderr.isatty()) as bar:
-        task = bar.add_task("learning", total=1.0)
-        result = finetune(bundle, logs, out, config, progress=lambda share: bar.update(task, completed=share))
+    with Bar("learning", quiet=as_json) as bar:
+        result = finetune(bundle, logs, out, config, progress=bar.update)
     if as_json:
         print(json.dumps(asdict(result) | {"folder": str(result.folder)}, indent=1))
         return

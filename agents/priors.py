@@ -22,4 +22,5 @@ PRIORS: dict[Level, dict[Prior, dict[str, float]]] = {
         "oldest": {"log_wait": -1.0},
         "none": {},
     },
+    "expert": {"none": {}},
 }

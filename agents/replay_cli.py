@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from servegym.agents.progress import Bar
 
 
 def replay_command(
@@ -38,23 +39,13 @@ def replay_command(
     loaded = load_config(ReplayConfig, config, "replay", overrides)
     given = {"urls": tuple(url)} if url else {}
     target = loaded.model_copy(update=given | ({"cluster": cluster} if cluster or url else {})).target()
-    with Progress(
-        TextColumn("replaying"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=as_json
-    ) as bar:
-        task = bar.add_task("", total=1.0)
+    with Bar("replaying", quiet=as_json) as bar:
         table = loaded.table(loaded.workload, loaded.seed)
         dispatcher = None
         if policy is not None:
             spec = PolicySpec.parse(policy.removeprefix("engine="))
             dispatcher = by_policy(spec, table, loaded, len(target.urls), loaded.seed)
-        result = replay(
-            table,
-            target.urls,
-            target.model,
-            loaded,
-            dispatcher=dispatcher,
-            progress=lambda share: bar.update(task, completed=share),
-        )
+        result = replay(table, target.urls, target.model, loaded, dispatcher=dispatcher, progress=bar.update)
     for r, error in list(result.errors.items())[:5]:
         print(f"request {r} failed: {error}", file=sys.stderr)
     metrics = result.metrics(loaded.slo, loaded.warmup_share)

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -50,6 +51,19 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def finite(value: Any) -> Any:
+    """Return plain data with None in place of numbers that do not exist, for JSON.
+
+    >>> finite({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -88,8 +102,8 @@ class RunFolder:
         """
         try:
             if out is None:
-                path = _fresh_folder(ROOT / name)
-                _point(ROOT / name / "latest", path.name)
+                path = fresh_folder(ROOT / name)
+                point(ROOT / name / "latest", path.name)
             else:
                 path = Path(out)
                 path.mkdir(parents=True, exist_ok=True)
@@ -144,6 +158,13 @@ class RunFolder:
         with self.evaluations.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def evaluated_steps(self) -> int:
+        """Return the steps at the last evaluation; 0 before the first."""
+        try:
+            return int(json.loads(self.evaluations.read_text(encoding="utf-8").splitlines()[-1])["steps"])
+        except (OSError, IndexError, json.JSONDecodeError):
+            return 0
+
     def forget_after(self, steps: int) -> None:
         """Drop evaluations later than a checkpoint that the run goes back to."""
         if self.evaluations.is_file():
@@ -152,7 +173,7 @@ class RunFolder:
             atomic_write(self.evaluations, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
 
 
-def _fresh_folder(parent: Path) -> Path:
+def fresh_folder(parent: Path) -> Path:
     """Make a folder named by the time; a second one within the same second gets a suffix."""
     parent.mkdir(parents=True, exist_ok=True)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -166,7 +187,7 @@ def _fresh_folder(parent: Path) -> Path:
     raise OSError(0, f"too many runs at {stamp}")
 
 
-def _point(link: Path, target: str) -> None:
+def point(link: Path, target: str) -> None:
     """Make ``link`` a symbolic link to ``target``, replacing an older one in one step."""
     fresh = link.with_name(f".{link.name}-{os.getpid()}")
     fresh.unlink(missing_ok=True)

@@ -1,10 +1,26 @@
-"""A finished simulation as a table for people."""
+"""Tables for people."""
 
 from __future__ import annotations
 
+from rich import box
 from rich.table import Table
 
 from servegym.envs.simulation import SimulationResult
+
+
+def report_table(title: str, caption: str) -> Table:
+    """Return an empty table in the style of reports, with its first column, that of the policies."""
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+    )
+    table.add_column("policy", no_wrap=True)
+    return table
 
 
 def simulation_table(result: SimulationResult) -> Table:

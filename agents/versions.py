@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,11 @@ RECORDED_PACKAGES = (
     "sb3-contrib",
     "safetensors",
 )
+
+
+def command_line() -> str:
+    """Return the command that this process runs, as a shell takes it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def package_versions() -> dict[str, str]:

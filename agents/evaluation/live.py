@@ -6,8 +6,8 @@ Every run has tokens of its own: none finds what the one before has left in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,18 @@ _WARMUP_REQUESTS = 16
 
 
 def run_live(
-    config: EvaluationConfig, options: LiveOptions, cells: list[tuple[int, float, int]]
+    config: EvaluationConfig,
+    options: LiveOptions,
+    cells: list[tuple[int, float, int]],
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Iterator[tuple[tuple[int, float, int], list[dict[str, Any]]]]:
     """Run cells, (index of the workload, rate, seed), and yield each with a row per policy.
+
+    Args:
+        config: the evaluation.
+        options: how requests are sent.
+        cells: what to run.
+        progress: called with the share of the present cell that is done.
 
     Raises:
         InputError: no such cluster, or engines whose waiting queue we cannot order.
@@ -34,7 +43,7 @@ def run_live(
     """
     target = options.target()
     bench = _Bench(config, options, target, _shimmed(target, config))
-    with _restored(bench.shimmed):
+    with nullcontext() if bench.shimmed is None else bench.shimmed.restoring_policy():
         for number, (index, rate, seed) in enumerate(cells):
             choice = config.workloads[index].model_copy(update={"load": None, "rate_rps": rate})
             table = options.table(choice, seed)
@@ -46,6 +55,7 @@ def run_live(
             for label in labels[turn:] + labels[:turn]:
                 measured = bench.run(table, config.policies[label], seed)
                 rows[label] = {"workload": choice.label, "rate_rps": rate, "seed": seed, "policy": label} | measured
+                progress(len(rows) / len(labels))
             yield (index, rate, seed), [rows[label] for label in labels]
 
 
@@ -58,14 +68,16 @@ class _Bench:
 
     def run(self, table: RequestTable, policies: Policies, seed: int) -> dict[str, Any]:
         target, shimmed = self.target, self.shimmed
-        failures = _failures(shimmed)
+        failures = 0
         if shimmed is not None:
+            failures = shimmed.failed_decisions
             shimmed.follow(policies.request)
         dispatcher = by_policy(policies.engine, table, self.options, len(target.urls), seed)
         result = replay(table, target.urls, target.model, self.options, dispatcher=dispatcher)
         metrics = result.metrics(self.config.slo, self.config.warmup_share)
         del metrics["wall_s"]
-        fallbacks = sum(dispatcher.router.fallbacks.values()) + _failures(shimmed) - failures
+        fallbacks = sum(dispatcher.router.fallbacks.values()) - failures
+        fallbacks += 0 if shimmed is None else shimmed.failed_decisions
         return metrics | {"fallbacks": fallbacks}
 
 
@@ -83,19 +95,3 @@ def _shimmed(target: Target, config: EvaluationConfig) -> LiveCluster | None:
                 " has a request_policy, so that our scheduler runs in its engines",
             )
     return None
-
-
-@contextmanager
-def _restored(cluster: LiveCluster | None) -> Iterator[None]:
-    """Put the request policy of before in force again at the end."""
-    before = None if cluster is None else cluster.request_policy
-    try:
-        yield
-    finally:
-        if cluster is not None and before is not None:
-            cluster.set_request_policy(before)
-
-
-def _failures(cluster: LiveCluster | None) -> int:
-    states = [engine.shim_state() for engine in cluster.engines] if cluster is not None else []
-    return sum(int(state["failures"]) for state in states if state is not None)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
-from rich import box
 from rich.table import Table
 
 from servegym.agents.statistics import Interval, mean_interval
+from servegym.agents.tables import report_table
 from servegym.configuration import Config
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ def reproduced_reduction(result: Evaluation, figure: PublishedFigure) -> Interva
     """
     baseline = figure.baseline or result.config.baseline
     workloads = []
-    for workload in result.config.workloads:
+    for condition in result.config.conditions:
         logs = [
-            _log(result.values(figure.metric, figure.policy, workload.label, level))
-            - _log(result.values(figure.metric, baseline, workload.label, level))
+            _log(result.values(figure.metric, figure.policy, condition.label, level))
+            - _log(result.values(figure.metric, baseline, condition.label, level))
             for level in (result.config.levels if figure.level is None else (figure.level,))
         ]
         workloads.append(-100 * np.expm1(np.mean(logs, axis=0)))
@@ -95,16 +95,10 @@ def _same_direction(mine: Interval, value: float) -> bool | None:
 
 def published_table(result: Evaluation) -> Table:
     """Return the published figures and their reproduction as a table."""
-    table = Table(
-        title="Published and reproduced: reduction against the baseline in %, mean over workloads",
-        caption="In brackets the 95 % interval over seeds. Distance: reproduced minus published, percentage points.",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        pad_edge=False,
+    table = report_table(
+        "Published and reproduced: reduction against the baseline in %, mean over workloads",
+        "In brackets the 95 % interval over seeds. Distance: reproduced minus published, percentage points.",
     )
-    table.add_column("policy")
     table.add_column("metric")
     for heading in ("published", "reproduced", "distance"):
         table.add_column(heading, justify="right")

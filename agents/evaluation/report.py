@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 import servegym
 from servegym.agents.evaluation.config import EvaluationConfig
+from servegym.agents.evaluation.leaderboard import leaderboard, leaderboard_tables
 from servegym.agents.evaluation.published import compare, published_table
 from servegym.agents.statistics import (
     Interval,
@@ -21,6 +22,7 @@ from servegym.agents.statistics import (
     relative_difference,
     stratified_bootstrap,
 )
+from servegym.agents.tables import report_table
 from servegym.errors import InputError
 
 # Metric -> (heading, path in a row, unit factor, decimals, whether lower is better).
@@ -34,7 +36,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...], float, int, bool]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Evaluation:
     """All cells of an evaluation.
 
@@ -46,22 +48,28 @@ class Evaluation:
     config: EvaluationConfig
     rows: list[dict[str, Any]]
 
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str, float], list[dict[str, Any]]]:
+        found: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+        for row in self.rows:
+            found.setdefault((row["policy"], row["workload"], row[self.config.level_name]), []).append(row)
+        return found
+
     def values(self, metric: str, policy: str, workload: str, level: float) -> list[float]:
         """Return the values of a metric over the seeds, in order of the seeds."""
         path = METRICS[metric][1]
         found = []
-        for row in self.rows:
-            if (row["policy"], row["workload"], row[self.config.level_name]) == (policy, workload, level):
-                value: Any = row
-                for key in path:
-                    value = value[key]
-                found.append(np.nan if value is None else float(value))
+        for row in self._rows.get((policy, workload, level), ()):
+            value: Any = row
+            for key in path:
+                value = value[key]
+            found.append(np.nan if value is None else float(value))
         return found
 
     @property
     def conditions(self) -> list[tuple[str, float]]:
         """Pairs of workload and load, or rate."""
-        return [(workload.label, level) for workload in self.config.workloads for level in self.config.levels]
+        return [(one.label, level) for one in self.config.conditions for level in self.config.levels]
 
     def statistics(self) -> list[dict[str, Any]]:
         """Return a mapping per condition and policy: mean and paired difference of each metric, with intervals."""
@@ -114,6 +122,7 @@ class Evaluation:
             "baseline": self.config.baseline,
             "statistics": self.statistics(),
             "summary": self.summary(),
+            "leaderboard": leaderboard(self),
             "published": compare(self),
             "cells": self.rows,
         }
@@ -121,8 +130,11 @@ class Evaluation:
     def tables(self) -> list[Table]:
         """Return a table per workload and load: means, and below them the paired difference to the baseline.
 
-        The last one compares with the published figures, if the config has any.
+        Of scenarios, the leaderboard in their place. The last one compares with the published figures, if the config
+        has any.
         """
+        if self.config.scenarios:
+            return leaderboard_tables(self)
         found = [self._table(workload, level) for workload, level in self.conditions]
         return [*found, published_table(self)] if self.config.published else found
 
@@ -131,17 +143,11 @@ class Evaluation:
 
     def _table(self, workload: str, level: float) -> Table:
         count = len(self.config.seed_list)
-        table = Table(
-            title=f"{workload}, {self._level(level)}, {count} seed{'s' if count > 1 else ''}",
-            caption=f"Mean over seeds; below it the difference to {self.config.baseline} on the same requests, in %,"
+        table = report_table(
+            f"{workload}, {self._level(level)}, {count} seed{'s' if count > 1 else ''}",
+            f"Mean over seeds; below it the difference to {self.config.baseline} on the same requests, in %,"
             f" with half its 95 % interval. * the interval excludes 0. Bold: the best.{self._trouble(workload, level)}",
-            title_justify="left",
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 0, 0, 1),
-            pad_edge=False,
         )
-        table.add_column("policy", no_wrap=True)
         best: dict[str, str] = {}
         for metric, (heading, _, _, _, lower) in METRICS.items():
             table.add_column(heading, justify="right", no_wrap=True)

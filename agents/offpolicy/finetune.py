@@ -118,7 +118,7 @@ def finetune(
     """  # noqa: E501 - one sentence
     config = config or FinetuneConfig()
     old = load_bundle(bundle)
-    if old.manifest.decisions is not DISPATCH:
+    if old.manifest.layer != DISPATCH.layer:
         raise InputError(str(bundle), "layer", f"got {old.manifest.layer}; allowed: engine")
     transitions = read_transitions(logs, config.objective)
     cut = round(len(transitions) * (1.0 - config.test_share))

@@ -43,7 +43,11 @@ def make_model(config: TrainConfig, envs: EpisodeVecEnv) -> Any:
         gamma=1.0,  # the buffer discounts per second
         gae_lambda=settings.gae_lambda,
         rollout_buffer_class=buffer,
-        rollout_buffer_kwargs={"elapsed_s": envs.elapsed_s, "discount_rate_per_s": settings.discount_rate_per_s},
+        rollout_buffer_kwargs={
+            "elapsed_s": envs.elapsed_s,
+            "discount_rate_per_s": settings.discount_rate_per_s,
+            "group": settings.paired_envs,
+        },
         policy_kwargs=network.model_dump() | {"decisions": config.task.decisions},
         seed=config.seed,
         device="cpu",  # networks this small are slower on a GPU

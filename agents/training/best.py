@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from servegym.agents.networks import Actor
 from servegym.agents.runs import RunFolder
@@ -35,26 +36,46 @@ class BestPolicy:
         self.last_evaluation: dict[str, float] = {}
         self._config, self._run = config, run
 
-    def evaluated(self, actor: Actor, steps: int, episodes: Sequence[FinishedEpisode]) -> dict[str, float]:
+    def evaluated(
+        self,
+        actor: Actor,
+        steps: int,
+        episodes: Sequence[FinishedEpisode],
+        others: Mapping[str, Actor] = MappingProxyType({}),
+        budget_share: float | None = None,
+    ) -> dict[str, float]:
         """Note an evaluation and return its means.
+
+        Args:
+            actor: the policy.
+            steps: decisions so far.
+            episodes: what it came to.
+            others: policies of other layers that decided beside it; their bundles are ``policy_LAYER``.
+            budget_share: what the policy of the request level lets a step use of an engine's token budget.
 
         Raises:
             FloatingPointError: they are not finite.
         """
         means = summarise(episodes)
-        means["objective"] = objective(means, self._config.evaluation.objective)
+        means["objective"] = objective(means, self._config.evaluation)
         if not math.isfinite(means["objective"]):
             raise FloatingPointError(f"evaluation at step {steps} is not finite: {means}")
         self.last_evaluation = means
         best = means["objective"] < self.best_objective
         self._run.add_evaluation({"steps": steps, "best": best, **means})
-        self._write(self._run.policy_last, actor, steps, means)
         if best:
             self.best_objective = means["objective"]
-            self._write(self._run.policy, actor, steps, means)
+        for folder in (self._run.policy_last, self._run.policy) if best else (self._run.policy_last,):
+            for one, place in [(actor, folder)] + [
+                (other, folder.with_name(f"{folder.name}_{layer}")) for layer, other in others.items()
+            ]:
+                share = budget_share if one.decisions.layer == "request" else None
+                self._write(place, one, steps, means, share)
         return means
 
-    def _write(self, folder: Path, actor: Actor, steps: int, means: dict[str, float]) -> None:
+    def _write(
+        self, folder: Path, actor: Actor, steps: int, means: dict[str, float], budget_share: float | None
+    ) -> None:
         training = Provenance(
             run=self._config.name,
             config_sha256=self._config.sha256(),
@@ -63,4 +84,5 @@ class BestPolicy:
             environment=f"servegym/{self._config.environment}",
             evaluation=means,
         )
-        write_bundle(folder, actor.decisions, actor_weights(actor), torch_logits(actor), training, package_versions())
+        logits, packages = torch_logits(actor), package_versions()
+        write_bundle(folder, actor.decisions, actor_weights(actor), logits, training, packages, budget_share)

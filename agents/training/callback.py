@@ -20,6 +20,7 @@ from servegym.agents.training.config import TrainConfig
 from servegym.agents.training.episodes import EpisodeVecEnv, Observation
 from servegym.agents.training.export import actor_weights
 from servegym.agents.training.progress import TrainingProgress
+from servegym.agents.training.scalars import reference_means
 from servegym.agents.training.validation import run_episode, summarise
 from servegym.engine_bridge.set_scorer import SetScorer
 
@@ -106,8 +107,9 @@ class TrainingCallback(BaseCallback):
         decisions = self.actor.decisions
         episodes = [run_episode(scorer, decisions, self._validation_env, seed) for seed in seeds]
         means = self.best.evaluated(self.actor, self.num_timesteps, episodes)
-        for name, value in means.items():
-            self.logger.record(f"evaluation/{name}", value)
+        figures = {f"evaluation/{name}": value for name, value in means.items()} | reference_means(episodes)
+        for name, value in figures.items():
+            self.logger.record(name, value)
         self._last_ratio = means.get("ttft_s_ratio", self._last_ratio)
 
     def _on_rollout_end(self) -> None:
@@ -126,7 +128,7 @@ class TrainingCallback(BaseCallback):
             for name, value in means.items():
                 self.logger.record(f"rollout/{name}", value)
             self._last_return = means["return"]
-        self._progress.update(self.num_timesteps, self._last_return, self._last_ratio)
+        self._progress.trained(self.num_timesteps, self._last_return, self._last_ratio)
 
     @torch.no_grad()
     def _entropy(self) -> float:

@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
+from servegym.agents.execution import BackendConfig
 from servegym.agents.priors import PRIORS, Prior
 from servegym.agents.training.tasks import TASKS, Task, TaskName
-from servegym.configuration import Config, validate
+from servegym.configuration import Config, merged, validate
+from servegym.engine_bridge.decisions import Level
 from servegym.envs.episode import EpisodeConfig
 
 Count = Annotated[int, Field(ge=1)]
@@ -48,6 +50,13 @@ class AlgorithmConfig(Config):
             " step would mean another horizon at each load; 0 for none"
         ),
     )
+    paired_envs: Count = Field(
+        default=1,
+        description=(
+            "environments that play the same episodes; with more than one, an advantage counts from the mean of its"
+            " group at the same decision, so that luck with the arrivals is not taken for merit"
+        ),
+    )
     target_kl: Positive | None = Field(default=0.03, description="ends an update's passes at 1.5 times this divergence")
 
     @field_validator("batch_size")
@@ -58,9 +67,25 @@ class AlgorithmConfig(Config):
             raise ValueError(f"a divisor of n_envs * n_steps = {collected}")
         return size
 
+    @model_validator(mode="after")
+    def _groups_are_equal(self) -> Self:
+        if self.n_envs % self.paired_envs:
+            raise ValueError(f"paired_envs: a divisor of n_envs = {self.n_envs}")
+        return self
+
+
+class Phase(Config):
+    """A part of a search: the layers whose weights it tunes together; those of the others stay."""
+
+    layers: tuple[Level, ...] = Field(min_length=1)
+    steps: Count | None = Field(default=None, description="decisions; default: to the end, for the last phase only")
+
 
 class EvolutionConfig(Config):
-    """CMA-ES over the weights of the network, on whole episodes."""
+    """CMA-ES over the weights of the network, on whole episodes.
+
+    Several layers may be tuned: in turn, then together, on one cost.
+    """
 
     tune: Literal["linear", "network"] = Field(
         default="linear", description="linear: the weights of the features alone, without hidden layers"
@@ -70,6 +95,31 @@ class EvolutionConfig(Config):
         default=None, description="candidates of a generation; default: 4 + 3 ln(weights)"
     )
     sigma: Positive = Field(default=0.5, description="first standard deviation of the weights")
+    phases: tuple[Phase, ...] = Field(
+        default=(), description="one after the other; default: the environment's own layer throughout"
+    )
+    start_from: dict[Level, str] = Field(
+        default_factory=dict,
+        description=(
+            "bundles from whose weights layers start, such as engine: servegym/dispatch, or heuristics of"
+            " servegym.agents.priors, such as request: aged"
+        ),
+    )
+
+    budget_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description=(
+            "share of the engines' token budget from which the request level's search starts; default: the one that it"
+            " starts from stays, which is all where there is none"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _phases_end(self) -> Self:
+        open_ended = [phase.steps is None for phase in self.phases]
+        if any(open_ended[:-1]) or not all(open_ended[-1:]):
+            raise ValueError("steps in all phases but the last")
+        return self
 
 
 class NetworkConfig(Config):
@@ -99,6 +149,13 @@ class EvaluationConfig(Config):
             " metrics where the environment names no reference)"
         ),
     )
+    limits: dict[str, Positive] = Field(
+        default_factory=dict,
+        description=(
+            "the highest ratio to the reference that a metric may have (plain metrics where the environment names no"
+            " reference); what is beyond it adds to the objective ten times over"
+        ),
+    )
 
 
 class TrainConfig(Config):
@@ -120,6 +177,8 @@ class TrainConfig(Config):
         default=cast(EpisodeConfig, {}), description="arguments of that environment"
     )
 
+    backend: BackendConfig = Field(default=BackendConfig(), exclude=True, description="where the runs of seeds run")
+
     @field_validator("env", mode="before")
     @classmethod
     def _is_of_the_environment(cls, value: Any, info: ValidationInfo) -> Any:
@@ -128,13 +187,38 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        known = PRIORS[self.task.decisions.layer]
-        if self.network.prior not in known:
-            raise ValueError(f"a network.prior for {self.environment}, not {self.network.prior}: {', '.join(known)}")
+        own = PRIORS[self.task.decisions.layer]
+        if self.network.prior not in own:
+            raise ValueError(f"a network.prior for {self.environment}, not {self.network.prior}: {', '.join(own)}")
         if self.evolution is not None and self.env.backend == "live":
             raise ValueError("evolution in the simulator")
+        if self.evolution is None and self.task.decisions.layer == "expert":
+            raise ValueError("evolution for ExpertPlacement-v0, whose actions are a menu")
+        for layer in self.layers:
+            if layer not in (self.task.decisions.layer, "expert", *self.evolution_starts):
+                known = ", ".join(PRIORS[layer])
+                raise ValueError(
+                    f"evolution.start_from.{layer}, a bundle or one of {known}: the network's prior is of another layer"
+                )
+        if self.evolution is not None and self.evolution.budget_share is not None and "request" not in self.layers:
+            raise ValueError("evolution.budget_share only where the request level is trained")
+        if self.algorithm.paired_envs > 1 and self.environment != "EngineDispatch-v0":
+            raise ValueError("algorithm.paired_envs with EngineDispatch-v0, whose episodes have a decision per request")
         self.validation_env()
         return self
+
+    @property
+    def layers(self) -> tuple[Level, ...]:
+        """The layers with a learned policy; the environment's own first."""
+        found: dict[Level, None] = {self.task.decisions.layer: None}
+        for phase in self.evolution.phases if self.evolution is not None else ():
+            found.update(dict.fromkeys(phase.layers))
+        return tuple(found)
+
+    @property
+    def evolution_starts(self) -> dict[Level, str]:
+        """Bundles or heuristics from which layers start."""
+        return {} if self.evolution is None else self.evolution.start_from
 
     @property
     def task(self) -> Task:
@@ -158,16 +242,3 @@ class TrainConfig(Config):
     def sha256(self) -> str:
         """Return the hash of all values, which identifies the config in bundles."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``changes`` applied key by key, mappings within mappings too.
-
-    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
-    {'a': {'b': 3, 'c': 2}}
-    """
-    result = dict(base)
-    for key, value in changes.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from servegym.envs.dispatch_lanes import DispatchLanes
 from servegym.errors import InputError
 
 Observation = dict[str, npt.NDArray[Any]]
@@ -38,27 +40,33 @@ class _Running:
 class EpisodeVecEnv(DummyVecEnv):
     """Steps several environments and remembers how each came to where it is.
 
-    Episode ``k`` of environment ``i`` is seeded by ``(seed, i, k)``, so that an episode is determined by its index and
-    its actions. That is all that a checkpoint needs: :meth:`restore` plays the actions again (tens of microseconds
-    each), and training goes on exactly as if it had never stopped.
+    Episode ``k`` of environment ``i`` is seeded by ``(seed, i // group, k)``, so that an episode is determined by its
+    index and its actions. That is all that a checkpoint needs: :meth:`restore` plays the actions again (tens of
+    microseconds each), and training goes on exactly as if it had never stopped.
 
     Args:
         make: returns a new environment; its ``info`` carries ``elapsed_s`` at every step, and ``metrics`` (maybe also
             ``reference_metrics``) at the end of an episode.
         count: environments.
         seed: seed of the run.
+        group: so many neighbouring environments play the same episodes.
 
     Attributes:
         elapsed_s: simulated seconds that the last step took, shape (count,); updated in place.
         finished: episodes that ended since :meth:`take_finished` was called last.
     """
 
-    def __init__(self, make: Callable[[], gym.Env[Any, Any]], count: int, seed: int) -> None:
+    def __init__(self, make: Callable[[], gym.Env[Any, Any]], count: int, seed: int, group: int = 1) -> None:
         super().__init__([make] * count)
         self.elapsed_s = np.zeros(count)
         self.finished: list[FinishedEpisode] = []
-        self._run_seed = seed
+        self._run_seed, self._group = seed, group
         self._running = [_Running(0) for _ in range(count)]
+
+        # Environments of dispatch over the simulator are stepped together; the others one by one.
+        self._lanes = DispatchLanes(self.envs) if DispatchLanes.suit(self.envs) else None
+        if self._lanes is not None:
+            self.buf_obs = OrderedDict(self._lanes.observation)
 
     def reset(self) -> Observation:
         """Start the first episode of every environment."""
@@ -68,6 +76,8 @@ class EpisodeVecEnv(DummyVecEnv):
 
     def step_wait(self) -> tuple[Observation, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:
         """Take one step everywhere; an environment whose episode ends starts its next one."""
+        if self._lanes is not None:
+            return self._step_lanes(self._lanes)
         outcomes: list[dict[str, Any]] = []
         for i, action in enumerate(self.actions.tolist()):
             observation, reward, terminated, truncated, info = self._step(i, action)
@@ -82,6 +92,23 @@ class EpisodeVecEnv(DummyVecEnv):
                 observation = self._start(i, self._running[i].index + 1)
             self._save_obs(i, observation)
             outcomes.append(outcome)
+        return self._observation(), self.buf_rews.copy(), self.buf_dones.copy(), outcomes
+
+    def _step_lanes(
+        self, lanes: DispatchLanes
+    ) -> tuple[Observation, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:
+        outcomes: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        finished = lanes.step(self.actions)
+        self.elapsed_s[:], self.buf_rews[:], self.buf_dones[:] = lanes.elapsed_s, lanes.rewards, False
+        for i, (action, reward) in enumerate(zip(self.actions.tolist(), lanes.rewards.tolist(), strict=True)):
+            episode = self._running[i]
+            episode.actions.append(action)
+            episode.reward += reward
+        for i, observation, info in finished:
+            self.buf_dones[i] = True
+            outcomes[i] = {"terminal_observation": observation, "TimeLimit.truncated": False}
+            self._finish(self._running[i], info)
+            self._start(i, self._running[i].index + 1)
         return self._observation(), self.buf_rews.copy(), self.buf_dones.copy(), outcomes
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
@@ -118,14 +145,21 @@ class EpisodeVecEnv(DummyVecEnv):
                     raise InputError(
                         "checkpoint", place, "does not replay; was it made by another version of servegym?"
                     )
-            self._save_obs(i, observation)
+            if self._lanes is not None:
+                self._lanes.moved(i, observation)
+            else:
+                self._save_obs(i, observation)
         return self._observation()
 
     def _start(self, i: int, index: int) -> Observation:
         self._running[i] = _Running(index)
-        source = np.random.SeedSequence(self._run_seed, spawn_key=(i, index))
+        source = np.random.SeedSequence(self._run_seed, spawn_key=(i // self._group, index))
+        seed = int(source.generate_state(1)[0])
         observation: Observation
-        observation, self.reset_infos[i] = self.envs[i].reset(seed=int(source.generate_state(1)[0]))
+        if self._lanes is not None:
+            self.reset_infos[i] = self._lanes.start(i, seed=seed)
+            return {key: values[i] for key, values in self._lanes.observation.items()}
+        observation, self.reset_infos[i] = self.envs[i].reset(seed=seed)
         return observation
 
     def _step(self, i: int, action: int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:

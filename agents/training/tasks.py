@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import gymnasium as gym
 
-from servegym.engine_bridge.decisions import ADMISSION, DISPATCH, Decisions
+from servegym.engine_bridge.decisions import ADMISSION, DISPATCH, PLACEMENT, Decisions
 from servegym.envs.engine_dispatch import EngineDispatchConfig, EngineDispatchEnv
 from servegym.envs.episode import EpisodeConfig
+from servegym.envs.expert_placement import ExpertPlacementConfig, ExpertPlacementEnv
 from servegym.envs.request_ordering import RequestOrderingConfig, RequestOrderingEnv
 
-TaskName = Literal["EngineDispatch-v0", "RequestOrdering-v0"]
+TaskName = Literal["EngineDispatch-v0", "RequestOrdering-v0", "ExpertPlacement-v0"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,4 +35,5 @@ class Task:
 TASKS: dict[TaskName, Task] = {
     "EngineDispatch-v0": Task(DISPATCH, EngineDispatchConfig, EngineDispatchEnv),
     "RequestOrdering-v0": Task(ADMISSION, RequestOrderingConfig, RequestOrderingEnv),
+    "ExpertPlacement-v0": Task(PLACEMENT, ExpertPlacementConfig, ExpertPlacementEnv),
 }

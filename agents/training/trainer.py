@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import gymnasium as gym
 import torch
 from stable_baselines3.common.logger import Logger
-from torch.utils.tensorboard import SummaryWriter
 
 from servegym.agents.runs import RunFolder, write_json
 from servegym.agents.training import checkpoint
@@ -23,13 +22,13 @@ from servegym.agents.training.callback import TrainingCallback
 from servegym.agents.training.config import TrainConfig
 from servegym.agents.training.episodes import EpisodeVecEnv
 from servegym.agents.training.progress import TrainingProgress
-from servegym.agents.training.scalars import TensorBoardScalars
+from servegym.agents.training.scalars import LEARNING, TensorBoardScalars, open_writer
 from servegym.configuration import load_mapping, validate
 from servegym.engine_bridge.decisions import Decisions
 from servegym.errors import InputError
 
 # What may differ between a run and its continuation; anything else would make it another run.
-_MAY_CHANGE = {"total_steps", "checkpoint_every_steps", "evaluation", "torch_threads"}
+_MAY_CHANGE = {"total_steps", "checkpoint_every_steps", "evaluation", "torch_threads", "backend"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +48,10 @@ class TrainResult:
     steps: int
     best_objective: float
     evaluation: dict[str, float]
+
+    def plain(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return asdict(self) | {"folder": str(self.folder), "policy": str(self.policy)}
 
 
 def train(
@@ -80,8 +83,8 @@ def train(
         if out is not None:
             raise InputError("--out", str(out), "not together with a run to resume, which goes on in its own folder")
         run = RunFolder.open(resume)
-        config = _continuation(config, run)
-        if run.done.is_file() and (result := _result(run)).steps >= config.total_steps:
+        config = continuation(config, run)
+        if run.done.is_file() and (result := read_result(run)).steps >= config.total_steps:
             return result
     elif config is None:
         raise InputError("train", "config", "missing; needed unless a run is resumed")
@@ -89,7 +92,8 @@ def train(
         return _search(config, run if resume is not None else None, out, progress)
     make_env = make_env or config.task.make
     # Both environments are made before the folder, so that a mistake in their configs leaves nothing behind.
-    envs = EpisodeVecEnv(partial(make_env, config.env), config.algorithm.n_envs, config.seed)
+    settings = config.algorithm
+    envs = EpisodeVecEnv(partial(make_env, config.env), settings.n_envs, config.seed, settings.paired_envs)
     validation_env = make_env(config.validation_env())
     _check_spaces(validation_env, config.task.decisions)
     if resume is None:
@@ -111,7 +115,7 @@ def _search(config: TrainConfig, resumed: RunFolder | None, out: str | Path | No
     search = Search(config)
     run = resumed or RunFolder.create(config.name, out, config.model_dump(mode="json"))
     search.run(run, resumed is not None, show)
-    return _result(run)
+    return read_result(run)
 
 
 def _run(
@@ -132,7 +136,7 @@ def _run(
         run.forget_after(start)
         run.write_config(config.model_dump(mode="json"))
     with (
-        SummaryWriter(str(run.tensorboard), purge_step=start + 1 if resumed else None) as writer,
+        open_writer(run.tensorboard, LEARNING, start if resumed else None) as writer,
         TrainingProgress(config.total_steps, max(start, 0), show) as shown,
     ):
         model.set_logger(Logger(str(run.path), [TensorBoardScalars(writer)]))
@@ -153,10 +157,11 @@ def _run(
         "evaluation": callback.best.last_evaluation,
     }
     write_json(run.done, outcome)
-    return _result(run)
+    return read_result(run)
 
 
-def _result(run: RunFolder) -> TrainResult:
+def read_result(run: RunFolder) -> TrainResult:
+    """Return the result of a finished run."""
     return TrainResult(run.path, run.policy, **json.loads(run.done.read_text(encoding="utf-8")))
 
 
@@ -176,7 +181,12 @@ def _check_spaces(env: gym.Env[Any, Any], decisions: Decisions) -> None:
         )
 
 
-def _continuation(config: TrainConfig | None, run: RunFolder) -> TrainConfig:
+def continuation(config: TrainConfig | None, run: RunFolder) -> TrainConfig:
+    """Return the config that a run goes on with: its own, or one given that may go on with it.
+
+    Raises:
+        InputError: the one given is of another run.
+    """
     own = validate(TrainConfig, load_mapping(run.config), str(run.config))
     if config is None:
         return own

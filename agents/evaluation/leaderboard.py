@@ -1,0 +1,161 @@
+"""All cells of an evaluation in one table: who leads, by how much, and where not.
+
+A policy's figure is the mean over cells (condition and load) of the logarithm of a ratio on the same requests, taken
+per seed, with Student's t interval over the seeds. Two ratios count: to the baseline, and to the best heuristic of each
+cell, which is the other heuristic with the lowest mean TTFT there. It is chosen on the very seeds that are reported,
+which flatters the heuristics and not the policy. Oracles, which know output lengths, are rivals of nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from servegym.agents.statistics import Interval, mean_interval
+from servegym.agents.tables import report_table
+from servegym.baselines.policy_spec import LAYERS
+from servegym.baselines.registry import names, policy_class
+from servegym.envs.simulation import Policies
+
+if TYPE_CHECKING:
+    from servegym.agents.evaluation.report import Evaluation
+
+_METRICS = ("ttft_s", "ttft_p99_s", "tpot_s", "e2e_s", "throughput_rps")
+Logs = npt.NDArray[np.float64]
+Key = TypeVar("Key")
+
+
+def kind(policies: Policies) -> str:
+    """Return ``oracle``, ``heuristic`` or, of bundles and a user's own code, ``contestant``."""
+    specs = [(layer, getattr(policies, layer)) for layer in LAYERS]
+    if any(spec.name not in names(layer) for layer, spec in specs):
+        return "contestant"
+    oracle = any(getattr(policy_class(layer, spec.name), "needs_oracle", False) for layer, spec in specs)
+    return "oracle" if oracle else "heuristic"
+
+
+def leaderboard(result: Evaluation) -> list[dict[str, Any]]:
+    """Return a mapping per policy, the lowest TTFT first.
+
+    Keys: ``policy``, ``kind``; ``versus_baseline``, ``versus_best_heuristic``: per metric ``value``, ``low``, ``high``
+    of the relative difference, None where unknown; ``worst_cell``: the largest mean relative difference of TTFT to the
+    best heuristic of a cell; ``cells_won``: share of cells with a lower mean TTFT than any heuristic of its own;
+    ``scenarios`` and ``sizes``: mean relative difference of TTFT to the baseline by scenario and by number of engines,
+    ``sizes_versus_best_heuristic`` that to the best heuristic of each cell.
+    """
+    config = result.config
+    kinds = {label: kind(policies) for label, policies in config.policies.items()}
+    logs = {metric: {label: log_values(result, metric, label) for label in kinds} for metric in _METRICS}
+    means = {label: np.exp(logs["ttft_s"][label]).mean(axis=1) for label in kinds}
+    scenario = [condition.scenario for condition in config.conditions for _ in config.levels]
+    size = [condition.cluster.size for condition in config.conditions for _ in config.levels]
+    rows = []
+    for label in kinds:
+        rivals = [other for other in kinds if kinds[other] == "heuristic" and other != label] or [config.baseline]
+        best = np.argmin([means[other] for other in rivals], axis=0)
+        chosen = {
+            metric: np.take_along_axis(
+                np.array([logs[metric][other] for other in rivals]), best[None, :, None], axis=0
+            )[0]
+            for metric in _METRICS
+        }
+        to_best = (logs["ttft_s"][label] - chosen["ttft_s"]).mean(axis=1)
+        gaps = np.expm1(to_best)
+        to_baseline = (logs["ttft_s"][label] - logs["ttft_s"][config.baseline]).mean(axis=1)
+        rows.append(
+            {
+                "policy": label,
+                "kind": kinds[label],
+                "versus_baseline": {
+                    metric: _plain(logs[metric][label] - logs[metric][config.baseline]) for metric in _METRICS
+                },
+                "versus_best_heuristic": {metric: _plain(logs[metric][label] - chosen[metric]) for metric in _METRICS},
+                "worst_cell": float(gaps.max()),
+                "cells_won": float((gaps < 0).mean()),
+                "scenarios": _by(scenario, to_baseline),
+                "sizes": _by(size, to_baseline),
+                "sizes_versus_best_heuristic": _by(size, to_best),
+            }
+        )
+    return sorted(rows, key=lambda row: row["versus_baseline"]["ttft_s"]["value"])
+
+
+def leaderboard_tables(result: Evaluation) -> list[Table]:
+    """Return the leaderboard, TTFT by scenario, and TTFT by number of engines where those differ."""
+    rows, config = leaderboard(result), result.config
+    cells = len(config.conditions) * len(config.levels)
+    first = report_table(
+        f"{config.name}: {cells} cells, {len(config.seed_list)} seeds, config {config.digest()}",
+        f"Difference to {config.baseline} on the same requests in %, geometric mean over cells, with half its 95 %"
+        " interval over seeds; rival: the best other heuristic of each cell, by mean TTFT. * the interval excludes 0.",
+    )
+    for heading in ("TTFT", "TTFT p99", "TPOT", "E2E", "TTFT to\nrival", "worst\ncell", "cells\nwon"):
+        first.add_column(heading, justify="right", no_wrap=True)
+    tables = [first]
+    for key, title, unit in (
+        ("scenarios", "TTFT by scenario, mean over sizes and loads", ""),
+        ("sizes", "TTFT by number of engines, mean over scenarios and loads", " engines"),
+    ):
+        columns = list(rows[0][key])
+        if key == "scenarios" or len(columns) > 1:
+            table = report_table(f"{title}, difference to {config.baseline} in %", "")
+            for name in columns:
+                table.add_column(f"{name}{unit}", justify="right", no_wrap=True)
+            best = {name: min(row[key][name] for row in rows if row["kind"] != "oracle") for name in columns}
+            for row in rows:
+                table.add_row(
+                    _label(row),
+                    *(
+                        f"[bold]{100 * gap:+.1f}[/bold]" if gap <= best[name] else f"{100 * gap:+.1f}"
+                        for name, gap in row[key].items()
+                    ),
+                )
+            tables.append(table)
+    for row in rows:
+        mine, rival = row["versus_baseline"], row["versus_best_heuristic"]
+        first.add_row(
+            _label(row),
+            *(_entry(mine[metric]) for metric in ("ttft_s", "ttft_p99_s", "tpot_s", "e2e_s")),
+            _entry(rival["ttft_s"]),
+            f"{100 * row['worst_cell']:+.1f}",
+            f"{100 * row['cells_won']:.0f} %",
+        )
+    return tables
+
+
+def _by(group: Sequence[Key], logs: Logs) -> dict[Key, float]:
+    """Return the mean relative difference of each group of cells."""
+    return {
+        name: float(np.expm1(np.mean([gap for gap, own in zip(logs, group, strict=True) if own == name])))
+        for name in dict.fromkeys(group)
+    }
+
+
+def _label(row: dict[str, Any]) -> str:
+    name = f"[bold]{row['policy']}[/bold]" if row["kind"] == "contestant" else str(row["policy"])
+    return f"{name} (oracle)" if row["kind"] == "oracle" else name
+
+
+def log_values(result: Evaluation, metric: str, label: str) -> Logs:
+    """Return the logarithms of a metric, shape (cells, seeds); NaN where there is none."""
+    values = np.array([result.values(metric, label, *condition) for condition in result.conditions])
+    return np.log(np.where(values > 0, values, np.nan))
+
+
+def _plain(logs: Logs) -> dict[str, float | None]:
+    interval: Interval = mean_interval(logs.mean(axis=0))
+    ends = np.expm1([interval.value, interval.low, interval.high]).tolist()
+    return {name: end if np.isfinite(end) else None for name, end in zip(("value", "low", "high"), ends, strict=True)}
+
+
+def _entry(gap: dict[str, float | None]) -> str:
+    value, low, high = gap["value"], gap["low"], gap["high"]
+    if value is None:
+        return "-"
+    if low is None or high is None or low == high:
+        return f"{100 * value:+.1f}"
+    return f"{100 * value:+.1f}±{50 * (high - low):.1f}{'*' if low > 0 or high < 0 else ' '}"

@@ -1,0 +1,1 @@
+"""The pictures of a report: from results to plotly figures, one module per section."""
