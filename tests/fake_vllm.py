@@ -2,7 +2,8 @@
 
 The environment variable FAKE_VLLM holds JSON: ``crash`` (end at once, after some words), ``broken`` (healthy, completes
 nothing), ``ttft_s``, ``itl_s``, ``fail_every`` (503 to each n-th streamed request), ``cut`` (streams break off),
-``immovable`` (experts cannot be moved), ``policy`` (the scheduler's). ``/seen`` tells the priorities of
+``immovable`` (experts cannot be moved), ``policy`` (the scheduler's), ``slots`` (serves so many streams at once and
+tells on ``/metrics`` how many run and wait). ``/seen`` tells the priorities of
 the requests so far.
 """
 
@@ -13,12 +14,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 OPTIONS: dict[str, Any] = json.loads(os.environ.get("FAKE_VLLM", "{}"))
 STREAMED = 0
+TAKEN = 0  # streams that run or wait
+SLOTS = threading.Semaphore(OPTIONS.get("slots", 10_000))
 PRIORITIES: list[int] = []
 # Two layers of four experts on two ranks: the first expert of each layer gets most tokens.
 HELD = [[[0, 1], [0, 1]], [[2, 3], [2, 3]]]
@@ -50,6 +54,7 @@ def _call(method: str, *arguments: str) -> list[dict[str, Any]]:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as vLLM's server does: tokens are not held back
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -61,6 +66,10 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, {"vllm_config": {"scheduler_config": {"policy": OPTIONS["policy"]}}})
         elif self.path == "/seen":
             self._answer(200, PRIORITIES)
+        elif self.path == "/metrics" and "slots" in OPTIONS:
+            running = min(TAKEN, OPTIONS["slots"])
+            page = f"vllm:num_requests_running {running}\nvllm:num_requests_waiting {TAKEN - running}\n"
+            self._answer(200, page + f"vllm:kv_cache_usage_perc {running / OPTIONS['slots']}\n")
         else:
             self._answer(200, None)
 
@@ -81,7 +90,16 @@ class Handler(BaseHTTPRequestHandler):
             if OPTIONS.get("fail_every") and STREAMED % OPTIONS["fail_every"] == 0:
                 self._answer(503, {"error": "busy"})
             else:
+                self._in_turn(body)
+
+    def _in_turn(self, body: dict[str, Any]) -> None:
+        global TAKEN
+        TAKEN += 1
+        try:
+            with SLOTS:
                 self._stream(body)
+        finally:
+            TAKEN -= 1
 
     def _body(self) -> bytes:
         if self.headers["Transfer-Encoding"] != "chunked":
@@ -94,7 +112,9 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def _answer(self, status: int, content: Any) -> None:
-        data = b"" if content is None else json.dumps(content).encode()
+        data = (
+            b"" if content is None else content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        )
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

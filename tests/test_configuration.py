@@ -38,7 +38,7 @@ class Outer(Config):
         ),
         ({"name": "x", "kind": "c"}, "f.yaml: kind: got 'c'; allowed: 'a' or 'b'"),
         ({"name": "x", "many": [{}, {"rate_rps": 0}]}, "f.yaml: many.1.rate_rps: got 0; allowed: greater than 0"),
-        ({"name": "x", "inner": [1]}, "f.yaml: inner: got a list; allowed: a valid dictionary or instance of Inner"),
+        ({"name": "x", "inner": [1]}, "f.yaml: inner: got a list; allowed: a mapping"),
     ],
 )
 def test_violations(content: dict[str, Any], expected: str) -> None:

@@ -11,6 +11,7 @@ from servegym.engine_bridge.cluster.config import ClusterFile
 from servegym.engine_bridge.gateway.config import DeployConfig
 from servegym.envs.live.replay import ReplayConfig
 from servegym.envs.simulation import SimulationConfig
+from servegym.envs.validation.config import ValidationConfig
 
 KINDS: dict[str, type[Config]] = {
     "simulate": SimulationConfig,
@@ -19,6 +20,7 @@ KINDS: dict[str, type[Config]] = {
     "clusters": ClusterFile,
     "replay": ReplayConfig,
     "deploy": DeployConfig,
+    "validate": ValidationConfig,
 }
 SHIPPED = [(kind, name) for kind in KINDS for name in shipped_configs(kind)]
 

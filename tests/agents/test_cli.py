@@ -96,7 +96,7 @@ def _refused(run: subprocess.CompletedProcess[str], *parts: str) -> None:
 
 def test_list_describes_everything() -> None:
     content = json.loads(servegym("list", "--json").stdout)
-    assert set(content) == {"policies", "environments", "workloads", "profiles", "configs"}
+    assert set(content) == {"policies", "bundles", "environments", "workloads", "profiles", "configs"}
     assert {"request", "engine", "expert"} == set(content["policies"])
     entries = [*content["policies"]["engine"], *(e for kind in list(content)[1:] for e in content[kind])]
     for entry in entries:
@@ -170,6 +170,20 @@ def test_a_policy_of_ones_own_in_ten_lines(folder: Path) -> None:
     )
     run = servegym("simulate", folder / "simulate.yaml", "--policy", f"engine={policy}:Shortest", "--json")
     assert json.loads(run.stdout)["requests"] == 270
+
+
+def test_an_error_in_ones_own_policy_is_one_line_from_a_worker_process_too(folder: Path) -> None:
+    policy = folder / "mine.py"
+    code = "class Late:\n    def score(self, request, engines):\n        if request.index == 250:\n"
+    code += "            raise KeyError('a')\n        return engines.inflight\n"
+    policy.write_text(code, encoding="utf-8")
+    line = f"{policy}:4: KeyError: 'a', in score"
+    # The first cell, of a shorter workload, runs in the parent and is fine.
+    _write(folder / "longer.yaml", WORKLOAD | {"name": "longer"})
+    counts = {"workload.yaml": 200, "longer.yaml": 300}
+    workloads = [{"name": str(folder / name), "requests": count} for name, count in counts.items()]
+    options = ["--policy", f"mine={policy}:Late", "--processes", "2", "--set", f"workloads={json.dumps(workloads)}"]
+    _refused(servegym("evaluate", folder / "evaluate.yaml", *options), line)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ REQUEST += [
     "mlfq,quantum_s=0.001,starvation_s=30",
     "sjf_noisy,sigma=2,seed=5",
     "ewsjf,step_tokens=64",
+    "chunked,inner=sjf_age",
 ]
 
 

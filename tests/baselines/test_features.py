@@ -10,10 +10,14 @@ from servegym.baselines.interface import (
     E_AVAILABLE,
     E_DECODE_STEP_S,
     E_HIT_TOKENS,
+    E_INDEX_TOKENS,
     E_INFLIGHT,
+    E_INFLIGHT_PROMPT_TOKENS,
     E_KV_TOKENS,
     E_KV_USAGE,
     E_MAX_NUM_SEQS,
+    E_MOE_PRESSURE,
+    E_PREFILL_REQUESTS,
     E_PREFILL_TOKENS,
     E_PREFILL_TOKENS_PER_S,
     E_TTFT_EWMA_S,
@@ -61,6 +65,54 @@ def test_relative_features_are_zero_at_the_best_engine() -> None:
         column = engines[:, ENGINE_FEATURE_NAMES.index(name)]
         assert column.min() == 0.0
         assert (column[1:] != column[0]).any()
+
+
+def _named(data: FloatArray, prompt: int) -> list[dict[str, float]]:
+    engines, _ = dispatch_features(RequestView(0, 0.0, 0.0, prompt), EngineViews(data))
+    return [dict(zip(ENGINE_FEATURE_NAMES, row, strict=True)) for row in engines.tolist()]
+
+
+def test_sizes_are_compared_where_requests_queue() -> None:
+    data = _engines(2)
+    data[:, [E_HIT_TOKENS, E_INDEX_TOKENS]] = 0.0
+    data[0, [E_PREFILL_TOKENS, E_PREFILL_REQUESTS, E_INFLIGHT, E_INFLIGHT_PROMPT_TOKENS]] = 600.0, 3.0, 3.0, 600.0
+    data[1, [E_PREFILL_TOKENS, E_PREFILL_REQUESTS, E_INFLIGHT, E_INFLIGHT_PROMPT_TOKENS]] = 0.0, 0.0, 4.0, 2_600.0
+    data[:, E_PREFILL_TOKENS_PER_S] = 300.0
+    first, second = _named(data, 800)
+    # A second of backlog on average: queueing 1/2.
+    assert first["size_above"] == pytest.approx(np.log(4.0) / 2, abs=1e-6)
+    assert (first["size_below"], second["size_above"], second["size_below"]) == (0.0, 0.0, 0.0)
+    assert _named(data, 50)[0]["size_below"] == pytest.approx(np.log(4.0) / 2, abs=1e-6)
+    # The mean prompt is 4,000 / 8; work 1,400 against 800.
+    work, size = np.log(1400 / 800), np.log(800 / 500)
+    assert first["queued_work"] == pytest.approx(work / 2, abs=1e-6)
+    assert first["size_work"] == pytest.approx(work * size / 2, abs=1e-6)
+    assert second["queued_batch"] == pytest.approx(np.log(5 / 4) / 2, abs=1e-6)
+    assert second["size_work"] == 0.0
+    # Of rare sizes only the direction counts.
+    assert _named(data, 100_000)[0]["size_work"] == pytest.approx(np.log(100_600 / 100_000) * 2 / 2, abs=1e-6)
+
+
+def test_without_a_queue_sizes_count_for_nothing() -> None:
+    data = _engines(3)
+    data[:, [E_PREFILL_TOKENS, E_PREFILL_REQUESTS]] = 0.0
+    for row in _named(data, 5_000):
+        assert {row[name] for name in ("size_above", "size_below", "size_work", "queued_work", "queued_batch")} == {0.0}
+
+
+def test_cached_tokens_count_as_such_and_as_share_of_the_cache() -> None:
+    data = _engines(2)
+    data[0, [E_HIT_TOKENS, E_INDEX_TOKENS]] = 500.0, 375_000.0
+    first = _named(data, 800)[0]
+    assert first["log_hit"] == pytest.approx(np.log(1.5), abs=1e-6)
+    assert first["index_share"] == pytest.approx(0.5)
+
+
+def test_pressure_of_experts_is_zero_where_unknown_and_bounded() -> None:
+    data = _engines(4)
+    data[:, E_MOE_PRESSURE] = 1.0, 1.1, 0.0, 50.0
+    values = [row["moe_pressure"] for row in _named(data, 800)]
+    assert values == pytest.approx([0.0, 10.0 * np.log(1.1), -10.0, 10.0], abs=1e-5)
 
 
 def test_permuting_engines_permutes_their_features() -> None:

@@ -159,3 +159,24 @@ def test_autellix_keeps_long_prompts_at_home(make_request, make_engines) -> None
     engines = make_engines(2, session_home=[1, 0], inflight=[5, 0])
     assert choose("autellix", make_request(prompt_tokens=2048), engines) == 1
     assert choose("autellix", make_request(prompt_tokens=2049), engines) == 0
+
+
+def test_sita_gives_each_engine_an_interval_of_sizes_once_requests_queue(make_request, make_engines) -> None:
+    backlog = {"prefill_tokens": [900, 500, 700, 100], "inflight": [4] * 4, "inflight_prompt_tokens": [2000] * 4}
+    busy = make_engines(4, prefill_tokens_per_s=[100] * 4, **backlog)
+    sizes = (5, 350, 1000, 60_000)
+    assert [choose("sita", make_request(prompt_tokens=size), busy) for size in sizes] == [0, 1, 2, 3]
+    # A wider spread lets neighbours with less backlog serve it; cutoffs move with the shift.
+    assert choose("sita,spread=1", make_request(prompt_tokens=1000), busy) == 3
+    assert choose("sita,shift=-3", make_request(prompt_tokens=350), busy) == 3
+    # Intervals are those of the engines that are there.
+    fewer = make_engines(4, prefill_tokens_per_s=[100] * 4, available=[0, 1, 1, 0], **backlog)
+    assert [choose("sita", make_request(prompt_tokens=size), fewer) for size in sizes] == [1, 1, 2, 2]
+
+
+def test_sita_is_lmetric_while_nothing_queues(make_request, make_engines) -> None:
+    columns = {"prefill_tokens": [300, 200, 0], "inflight": [1, 2, 9], "hit_tokens": [0, 50, 0]}
+    idle = make_engines(3, prefill_tokens_per_s=[1e5] * 3, inflight_prompt_tokens=[300, 400, 900], **columns)
+    for size in (10, 100, 10_000):
+        request = make_request(prompt_tokens=size)
+        assert scores("sita", request, idle) == scores("lmetric", request, idle)

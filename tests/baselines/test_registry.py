@@ -89,7 +89,7 @@ def test_parameters_reach_the_compiled_form_in_order() -> None:
     ("layer", "spec", "line"),
     [
         ("engine", "load_awre", "policy engine=load_awre: unknown policy; did you mean load_aware?"),
-        ("request", "lmetric", "policy request=lmetric: unknown policy; known: edf, ewsjf, fcfs, "),
+        ("request", "lmetric", "policy request=lmetric: unknown policy; known: chunked, edf, ewsjf, "),
         (
             "engine",
             "load_aware,theta_k=3",

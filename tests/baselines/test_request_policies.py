@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from servegym.baselines import registry
+from servegym.errors import InputError
 
 
 def order(spec: str, queue) -> list[int]:
@@ -31,6 +32,19 @@ def test_sjf_age_orders_by_prompt_and_promotes_the_old(make_queue) -> None:
     # The first two waited longer than 5 s, the third exactly 5 s; equal prompts go by arrival.
     assert order("sjf_age", queue) == [1, 0, 3, 2, 4]
     assert order("sjf_age,theta_age_s=100", queue) == [3, 2, 4, 0, 1]
+
+
+def test_chunked_takes_the_order_of_another_rule(make_queue) -> None:
+    queue = make_queue(10.0, arrival_s=[4, 5, 8], prompt_tokens=[900, 300, 100])
+    assert order("chunked", queue) == [0, 1, 2]
+    policy = registry.create("request", "chunked,inner=vtc,share=0.3")
+    assert (policy.budget_share, policy.served_weights) == (0.3, registry.create("request", "vtc").served_weights)
+    assert registry.create("request", "chunked").static
+    assert not getattr(registry.create("request", "chunked,inner=sjf_age"), "static", False)
+    assert registry.create("request", "chunked,inner=sjf_oracle").needs_oracle
+    for wrong in ("chunked,share=0", "chunked,share=1.1", "chunked,inner=fcsf"):
+        with pytest.raises(InputError):
+            registry.create("request", wrong)
 
 
 def test_spf_aging_trades_tokens_for_waiting(make_queue) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from servegym.baselines import registry
 from servegym.baselines.heuristic import compiled_form
+from servegym.baselines.user_code import checked_scores, user_errors
 from servegym.errors import InputError
 
 TEN_LINES = """
@@ -102,10 +104,14 @@ def test_a_file_may_import_its_neighbours_and_hold_dataclasses(folder) -> None:
             "mine.py:Longest",
             "class Longest has no method score, which every engine policy",
         ),
-        ("def f(:\n", "mine.py:Longest", "mine.py cannot be imported: SyntaxError: "),
-        ("1 / 0\n", "mine.py:Longest", "mine.py cannot be imported: ZeroDivisionError: division by zero"),
-        ("open('absent')\n", "mine.py:Longest", "mine.py cannot be imported: FileNotFoundError: "),
-        ("import no_such_library\n", "mine.py:Longest", "no module 'no_such_library', neither installed nor in"),
+        ("def f(:\n", "mine.py:Longest", "cannot be imported: mine.py:1: SyntaxError: "),
+        ("1 / 0\n", "mine.py:Longest", "cannot be imported: mine.py:1: ZeroDivisionError: division by zero"),
+        ("open('absent')\n", "mine.py:Longest", "cannot be imported: mine.py:1: FileNotFoundError: "),
+        (
+            "import no_such_library\n",
+            "mine.py:Longest",
+            "mine.py:1: no module 'no_such_library', neither installed nor in",
+        ),
     ],
 )
 def test_mistakes_are_one_line(folder, code, reference, problem) -> None:
@@ -129,3 +135,81 @@ def test_a_class_attribute_form_is_compiled_too(folder) -> None:
     function(np.zeros(12), np.ones((2, 21)), params, out)
     assert out.tolist() == [-1, -1]
     assert params.shape == (0,)
+
+
+FAILS = "class Mine:\n    def score(self, request, engines):\n        return {}\n"
+
+
+@pytest.mark.parametrize(
+    ("returned", "line"),
+    [
+        ("engines.kv_use", "mine.py:3: AttributeError: 'EngineViews' object has no attribute 'kv_use', in score"),
+        ("sum(int(x) for x in 'ab')", "mine.py:3: ValueError: invalid literal for int() with base 10: 'a', in "),
+        ("__import__('math').sqrt(-1)", "mine.py:3: ValueError: "),
+    ],
+)
+def test_an_error_inside_is_told_with_its_line(folder, make_request, make_engines, returned, line) -> None:
+    (folder / "mine.py").write_text(FAILS.format(returned))
+    policy = registry.create("engine", "mine.py:Mine")
+    with pytest.raises(InputError) as caught, user_errors():
+        policy.score(make_request(), make_engines(2))
+    assert str(caught.value).startswith(line)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_an_error_of_ours_keeps_its_traceback(folder) -> None:
+    (folder / "mine.py").write_text(TEN_LINES)
+    registry.create("engine", "mine.py:Longest")
+    with pytest.raises(ZeroDivisionError), user_errors():
+        1 / 0  # noqa: B018
+
+
+def test_an_error_in_the_constructor_is_told_with_its_line(folder) -> None:
+    code = "class Mine:\n    def __init__(self):\n        open('absent')\n" + FAILS.partition("\n")[2].format("0")
+    (folder / "mine.py").write_text(code)
+    with pytest.raises(InputError, match=r"^mine.py:3: FileNotFoundError: .*absent.*, in __init__$"):
+        registry.create("engine", "mine.py:Mine")
+
+
+@pytest.mark.parametrize(
+    ("method", "allowed"),
+    [
+        ("def score(self, engines)", "score(self, request, engines)"),
+        ("def score(request, engines)", "score(self, request, engines)"),
+        ("def reset(self)", "reset(self, seed)"),
+        ("def on_finish(self, index, engine, now_s)", "on_finish(self, request_index, engine, now_s, output_tokens)"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_runs(folder, method, allowed) -> None:
+    good = FAILS.format("engines.inflight") if "score" not in method else "class Mine:\n"
+    (folder / "mine.py").write_text(f"{good}    {method}:\n        pass\n")
+    with pytest.raises(InputError) as caught:
+        registry.create("engine", "mine.py:Mine")
+    line = good.count("\n") + 1
+    assert f"mine.py:{line}: Mine.{method[4:].partition('(')[0]}: " in str(caught.value)
+    assert str(caught.value).endswith(f"allowed: {allowed}")
+
+
+def test_static_methods_and_defaults_are_fine(folder, make_request, make_engines) -> None:
+    code = (
+        "class Mine:\n    @staticmethod\n    def score(request, engines, weight=2):\n        return engines.inflight\n"
+        "    def on_finish(self, *anything):\n        pass\n"
+    )
+    (folder / "mine.py").write_text(code)
+    assert registry.create("engine", "mine.py:Mine").score(make_request(), make_engines(2)).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (3.0, r"returned shape \(\); allowed: shape \(2,\)"),
+        ([1.0, 2.0, 3.0], r"returned shape \(3,\); allowed: shape \(2,\)"),
+        ("abc", r"returned a str \(.*\); allowed: shape \(2,\)"),
+    ],
+)
+def test_scores_of_another_shape_are_refused(folder, value, problem) -> None:
+    (folder / "mine.py").write_text(TEN_LINES)
+    policy = registry.create("engine", "mine.py:Longest")
+    with pytest.raises(InputError, match=rf"^mine.py:8: Longest.score: {problem}$"):
+        checked_scores(policy, value, 2)
+    assert checked_scores(policy, [1, 2], 2).tolist() == [1.0, 2.0]

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from servegym.baselines import registry
+from servegym.baselines.features import ENGINE_FEATURES
 from servegym.baselines.interface import EnginePolicy, RequestPolicy
 from servegym.engine_bridge import bundle_writer
 from servegym.engine_bridge.bundle import load_bundle
@@ -53,12 +54,12 @@ DAMAGES = {
     "no weights": (lambda folder: (folder / "policy.safetensors").unlink(), "cannot be read: No such file"),
     "other schema": (lambda f: edit(f, lambda c: c.update(schema_version=1)), "schema_version: got 1; allowed: 2"),
     "other layer": (
-        lambda f: edit(f, lambda c: c.update(layer="expert")),
-        "layer: got 'expert'; allowed: 'engine' or 'request'",
+        lambda f: edit(f, lambda c: c.update(layer="cluster")),
+        "layer: got 'cluster'; allowed: 'engine', 'request' or 'expert'",
     ),
     "other level": (
         lambda f: edit(f, lambda c: c.update(layer="request")),
-        "item_features: name 0 is 'log_prefill_work'; allowed: 'log_prefill'",
+        "item_features.0: 'log_prefill_work' is not computed by this version; did you mean log_prefill",
     ),
     "other formula": (
         lambda f: edit(f, lambda c: c.update(architecture="index_scorer")),
@@ -66,18 +67,20 @@ DAMAGES = {
     ),
     "unknown key": (lambda f: edit(f, lambda c: c.update(colour="red")), "colour: unknown key"),
     "missing key": (lambda f: edit(f, lambda c: c.pop("widths")), "widths: missing"),
-    "feature order": (
-        lambda f: edit(f, swap_features),
-        "item_features: name 0 is 'log_batch'; allowed: 'log_prefill_work'",
+    "feature order": (lambda f: edit(f, swap_features), "logits differ by"),
+    "unknown feature": (
+        lambda f: edit(f, lambda c: c["item_features"].append("colour")),
+        "item_features.29: 'colour' is not computed by this version",
     ),
-    "feature count": (
-        lambda f: edit(f, lambda c: c["context_features"].pop()),
-        "context_features: 7 names; allowed: 8",
+    "feature twice": (
+        lambda f: edit(f, lambda c: c["context_features"].append("priority")),
+        "context_features.8: 'priority' a second time; allowed: each once",
     ),
+    "feature count": (lambda f: edit(f, lambda c: c["context_features"].pop()), "widths: do not match"),
     "widths": (lambda f: edit(f, lambda c: c["widths"].update(item_features=3)), "widths: do not match"),
     "hidden width": (
         lambda f: edit(f, lambda c: c["widths"].update(hidden=8)),
-        "got float32 (32, 21); allowed: float32 (8, 21)",
+        f"got float32 (32, {len(ENGINE_FEATURES)}); allowed: float32 (8, {len(ENGINE_FEATURES)})",
     ),
     "golden count": (
         lambda f: edit(f, lambda c: c["golden"].pop()),
@@ -121,6 +124,15 @@ def test_a_changed_feature_is_noticed_by_the_golden_decisions(bundle: Path, monk
     monkeypatch.setitem(DECISIONS, "engine", replace(DISPATCH, fill=scaled))
     with pytest.raises(InputError, match="logits differ by"):
         load_bundle(bundle)
+
+
+def test_a_request_policy_may_carry_a_token_budget(request_bundle: Path) -> None:
+    assert load_bundle(request_bundle).budget_share is None
+    edit(request_bundle, lambda content: content.update(budget_share=0.55))
+    assert load_bundle(request_bundle).budget_share == 0.55
+    edit(request_bundle, lambda content: content.update(budget_share=1.5))
+    with pytest.raises(InputError, match=r"budget_share: got 1\.5"):
+        load_bundle(request_bundle)
 
 
 @pytest.mark.parametrize("place", ["run/policy", "run/policy/policy.json", "run"])

@@ -7,12 +7,13 @@ import time
 import numba
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from support import random_table
 
 from servegym.agents.training.export import actor_weights, torch_logits
 from servegym.baselines.features import ENGINE_FEATURES, REQUEST_FEATURES
-from servegym.baselines.heuristic import compiled_form
+from servegym.baselines.heuristic import TURN, compiled_form
 from servegym.baselines.interface import (
     C_WAITING,
     E_AVAILABLE,
@@ -30,7 +31,7 @@ from servegym.baselines.interface import (
 )
 from servegym.baselines.registry import create
 from servegym.engine_bridge.bundle import load_bundle
-from servegym.engine_bridge.decisions import ADMISSION
+from servegym.engine_bridge.decisions import ADMISSION, DISPATCH, Decisions
 from servegym.engine_bridge.golden import draw_dispatch, draw_queue
 from servegym.engine_bridge.set_scorer import SetScorer
 from servegym.envs.simulator.cluster import SimulatedCluster
@@ -166,6 +167,54 @@ def test_a_decision_takes_microseconds(bundle, count: int) -> None:
         policy.score(request, engines)
         times.append(time.perf_counter() - began)
     assert np.median(times) < 300e-6  # 20 us on an idle core; the ceiling leaves room for a busy one
+
+
+@pytest.mark.parametrize("layer", [DISPATCH, ADMISSION])
+def test_a_network_of_some_features_sees_those_alone(layer: Decisions, save_actor, tmp_path) -> None:
+    """In any order; its compiled form and its weights are those of a network that ignores the others."""
+    some = layer.only(layer.item_names[:3] + layer.item_names[:4:-1], layer.context_names[1:])
+    policy = load_bundle(save_actor(tmp_path / "policy", decisions=some, width=8))
+    function, params = compiled_form(policy)
+    every = SetScorer(policy.weights)
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        row, matrix = (draw_dispatch if layer is DISPATCH else draw_queue)(rng)
+        items, context = layer.features(row, matrix)
+        names = [layer.item_names.index(name) for name in some.item_names]
+        shown = np.ascontiguousarray(items[:, names])
+        expected = policy._scorer.logits(shown, context[1:], layer.eligible(matrix))
+        np.testing.assert_array_equal(policy.logits(row, matrix), expected)
+        np.testing.assert_allclose(every.logits(items, context, layer.eligible(matrix)), expected, atol=1e-5)
+        if layer is DISPATCH:
+            out = np.empty(len(matrix))
+            function(row, matrix, params, out)
+            np.testing.assert_allclose(out, policy.score(*views(row, matrix)), atol=1e-5)
+        else:
+            np.testing.assert_allclose([function(one, row, params) for one in matrix], -expected, atol=1e-5)
+
+
+def test_a_feature_that_came_later_changes_nothing_of_an_older_bundle() -> None:
+    """Bit for bit: numpy multiplies the old columns alone, and the compiled form adds zeros behind them."""
+    policy = load_bundle("servegym/dispatch")
+    names = policy.manifest.item_features
+    assert len(names) == 28 < len(ENGINE_FEATURES)
+    weights = SetScorer(safetensors.numpy.load_file(policy.folder / "policy.safetensors"))
+    function, params = compiled_form(policy)
+    compiled = numba.njit(function)
+    rng = np.random.default_rng(6)
+    for _ in range(200):
+        row, matrix = draw_dispatch(rng)
+        available = matrix[:, E_AVAILABLE] > 0.0
+        items, context = DISPATCH.features(row, matrix)
+        before = weights.logits(np.ascontiguousarray(items[:, :28]), context, available)
+        np.testing.assert_array_equal(policy.logits(row, matrix), before)
+        out = np.empty(len(matrix))
+        compiled(row, matrix, params, out)
+        places = (np.arange(len(matrix)) - (int(row[R_LAST_ENGINE]) + 1)) % len(matrix)
+        scores = TURN * places
+        for k in range(28):
+            scores -= items[:, k].astype(np.float64) * float(weights.weights["prior.weight"][0, k])
+        np.testing.assert_array_equal(out[available], scores[available])
 
 
 def test_weights_survive_the_way_through_the_bundle(actor, bundle) -> None:

@@ -78,6 +78,11 @@ class TestExpertPlacement:
 
         play(ExpertPlacementEnv(config), choose)
 
+    def test_a_reference_is_what_the_return_is_relative_to(self, config: dict[str, Any]) -> None:
+        total, _, info = play(ExpertPlacementEnv(config | {"reference": "linear"}), lambda *_: 0)
+        assert total == pytest.approx(0.0, abs=1e-6)  # keeping is the linear placement
+        assert info["reference_metrics"]["tpot_s"] == info["metrics"]["tpot_s"]
+
     def test_same_seed_same_episode(self, config: dict[str, Any]) -> None:
         first, second = (play(ExpertPlacementEnv(config), lambda *_: 1, seed=5)[0] for _ in range(2))
         assert first == second

@@ -53,7 +53,7 @@ def test_shortest_first_with_aging_cuts_ttft_against_fcfs(one_engine: LiveCluste
     """An evaluation, whose policies take turns, as machines drift; the promise is 30 % of the mean."""
     content = {
         "live": {"cluster": str(one_engine.folder), "output_scale": 0.05, "max_tokens": 2500},
-        "workloads": [{"name": "azure-conv", "requests": 80}],
+        "workloads": [{"name": "azure-conv", "requests": 50}],
         "rates_rps": [60.0],
         "seeds": 3,
         "baseline": "fcfs",

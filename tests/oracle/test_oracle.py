@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from servegym.baselines.heuristic import token_budget
+from servegym.baselines.policy_spec import PolicySpec
 from servegym.configuration import validate
+from servegym.engine_bridge.vllm_plugin.protocol import POLICY_VARIABLE, write_policy
 from servegym.envs.simulator.schedule_trace import ScheduleSpec, schedule_trace
 
 HERE = Path(__file__).parent
 SPECS = 300
+Traces = list[list[dict[str, Any]]]
 
 
 def _specs() -> list[dict[str, Any]]:
@@ -26,22 +31,26 @@ def _specs() -> list[dict[str, Any]]:
     return [module.random_spec(seed) for seed in range(SPECS)]
 
 
-@pytest.fixture(scope="module")
-def truth(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    path = tmp_path_factory.mktemp("oracle") / "specs.json"
-    path.write_text(json.dumps(_specs()), encoding="utf-8")
-    run = subprocess.run(
-        [vllm_python, str(HERE / "vllm_schedule.py"), str(path)], capture_output=True, text=True, check=True
-    )
-    traces: list[list[dict[str, Any]]] = [[] for _ in range(SPECS)]
+def _traces(vllm_python: str, folder: Path, specs: list[dict[str, Any]], **environment: str) -> Traces:
+    """What vLLM does with each spec, step by step."""
+    path = folder / "specs.json"
+    path.write_text(json.dumps(specs), encoding="utf-8")
+    command = [vllm_python, str(HERE / "vllm_schedule.py"), str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
+    traces: Traces = [[] for _ in specs]
     for line in run.stdout.splitlines():
         step = json.loads(line)
         traces[step.pop("spec")].append(step)
     return traces
 
 
+@pytest.fixture(scope="module")
+def truth(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Traces:
+    return _traces(vllm_python, tmp_path_factory.mktemp("oracle"), _specs())
+
+
 @pytest.mark.vllm
-def test_no_step_differs_from_vllm(truth: list[list[dict[str, Any]]]) -> None:
+def test_no_step_differs_from_vllm(truth: Traces) -> None:
     differing = []
     for seed, (spec, expected) in enumerate(zip(_specs(), truth, strict=True)):
         actual = list(schedule_trace(validate(ScheduleSpec, spec, f"seed {seed}")))
@@ -52,7 +61,7 @@ def test_no_step_differs_from_vllm(truth: list[list[dict[str, Any]]]) -> None:
 
 
 @pytest.mark.vllm
-def test_the_specs_cover_what_is_hard(truth: list[list[dict[str, Any]]]) -> None:
+def test_the_specs_cover_what_is_hard(truth: Traces) -> None:
     specs = _specs()
     assert sum(bool(step["preempted"]) for trace in truth for step in trace) > 500
     assert {(spec["policy"], spec["prefix_caching"]) for spec in specs} == {
@@ -62,3 +71,21 @@ def test_the_specs_cover_what_is_hard(truth: list[list[dict[str, Any]]]) -> None
     assert any(
         len(request["prompt"]) > spec["max_num_batched_tokens"] for spec in specs for request in spec["requests"]
     )
+
+
+@pytest.mark.vllm
+def test_our_scheduler_gives_vllm_the_token_budget_of_the_policy(vllm_python: str, tmp_path: Path) -> None:
+    """A share of the budget schedules what an engine with that budget does, in vLLM as in the simulator."""
+    share, policy = 0.4, tmp_path / "policy.json"
+    write_policy(policy, PolicySpec.parse(f"chunked,share={share}"))
+    specs = [spec for spec in _specs() if spec["policy"] == "fcfs"][:60]
+    source = {POLICY_VARIABLE: str(policy), "PYTHONPATH": str(HERE.parents[1] / "src")}
+    smaller = 0
+    for spec, found in zip(specs, _traces(vllm_python, tmp_path, specs, **source), strict=True):
+        if any(step["preempted"] for step in found):  # returns to the head of vLLM's queue, by arrival in ours
+            continue
+        budget = token_budget(share, spec["max_num_batched_tokens"], spec["max_num_seqs"])
+        most = max(sum(step["scheduled"].values()) for step in found)
+        smaller += budget < spec["max_num_batched_tokens"] and most == budget
+        assert found == list(schedule_trace(validate(ScheduleSpec, spec | {"max_num_batched_tokens": budget}, "spec")))
+    assert smaller > 5

@@ -106,7 +106,13 @@ TINY_MODEL = {
 }
 
 
-class RecordingScheduler(Scheduler):
+if "SERVEGYM_POLICY" in os.environ:  # a policy file: our scheduler in place of vLLM's own
+    from servegym.engine_bridge.vllm_plugin.scheduler import PolicyScheduler as Base
+else:
+    Base = Scheduler
+
+
+class RecordingScheduler(Base):
     """vLLM's scheduler, with a record of the order of preemptions (its own output holds an unordered set)."""
 
     def __init__(self, **kwargs: Any) -> None:

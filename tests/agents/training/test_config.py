@@ -27,7 +27,7 @@ from servegym.errors import InputError
         ("network.prior=fifo", "network.prior: got 'fifo'; allowed: 'lmetric', 'least_requests', 'shortest', 'aged'"),
         (
             "environment=Nothing-v0",
-            "environment: got 'Nothing-v0'; allowed: 'EngineDispatch-v0' or 'RequestOrdering-v0'",
+            "environment: got 'Nothing-v0'; allowed: 'EngineDispatch-v0', 'RequestOrdering-v0' or 'ExpertPlacement-v0'",
         ),
         ("environment=RequestOrdering-v0", "a network.prior for RequestOrdering-v0, not lmetric: shortest, aged"),
         ("network.depth=2", "network.depth: unknown key"),

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from servegym.agents.training import checkpoint
+from servegym.agents.training.config import TrainConfig
+from servegym.agents.training.scalars import LEARNING
 from servegym.agents.training.trainer import train
+from servegym.configuration import validate
 from servegym.engine_bridge.bundle import load_bundle
+from servegym.envs.dispatch_lanes import DispatchLanes
 from servegym.errors import InputError
 
 
@@ -145,6 +151,20 @@ def test_tensorboard_has_the_scalars(make_config, make_toy, tmp_path: Path) -> N
     shares = [events.Scalars(f"policy/share_engine_{engine:02d}")[-1].value for engine in range(4)]
     assert sum(shares) == pytest.approx(1.0)
     assert shares[3] == 0.0  # an empty slot
+    reference = events.Scalars("reference/ttft_s")
+    assert [event.step for event in reference] == [event.step for event in events.Scalars("evaluation/ttft_s")]
+    # Each chart of the page "Custom Scalars" finds its scalars, those apart that the toy's metrics lack.
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert {category.title for category in layout.category} == set(LEARNING)
+    tags = events.Tags()["scalars"]
+    empty = [
+        chart.title
+        for category in layout.category
+        for chart in category.chart
+        if not any(re.match(pattern, tag) for pattern in chart.multiline.tag for tag in tags)
+    ]
+    assert empty == [f"{metric}, s: policy and reference" for metric in ("TTFT p99", "TPOT", "E2E")]
 
 
 def test_progress_is_one_line_a_minute_without_a_terminal(
@@ -152,7 +172,8 @@ def test_progress_is_one_line_a_minute_without_a_terminal(
 ) -> None:
     train(make_config(), out=tmp_path / "quiet", make_env=make_toy)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr("servegym.agents.training.progress.QUIET_PERIOD_S", 0.0)
+    monkeypatch.setattr("servegym.agents.progress.HEARTBEAT_S", 0.0)
+    monkeypatch.delenv("CI", raising=False)
     train(make_config(), out=tmp_path / "spoken", make_env=make_toy)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 8  # rollouts
@@ -178,3 +199,29 @@ def test_what_cannot_be_resumed_is_said_in_one_line(make_config, make_toy, tmp_p
     for path in (run / "checkpoints").glob("*.pt"):
         path.unlink()
     refused("checkpoints: empty", make_config(), resume=run)
+
+
+@pytest.mark.parametrize("name", ["MaskablePPO", "PPO"])
+def test_environments_stepped_together_train_to_the_same_bits_as_one_by_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {
+        "name": "lanes",
+        "total_steps": 256,
+        "checkpoint_every_steps": 256,
+        "algorithm": {"name": name, "n_envs": 4, "n_steps": 32, "batch_size": 64, "n_epochs": 1},
+        "network": {"width": 4},
+        "evaluation": {"every_steps": 256, "episodes": 1},
+        "env": {"cluster": {"engines": 2}, "episode_requests": 20, "reference": "lmetric"},
+    }
+    config = validate(TrainConfig, content, "test")
+    train(config, out=tmp_path / "together", progress=False)
+    monkeypatch.setattr(DispatchLanes, "suit", staticmethod(lambda envs: False))
+    train(config, out=tmp_path / "alone", progress=False)
+    assert_same(final_state(tmp_path / "together"), final_state(tmp_path / "alone"))
+    # A checkpoint of the one is a checkpoint of the other.
+    longer = config.model_copy(update={"total_steps": 512})
+    train(longer, resume=tmp_path / "together", progress=False)
+    monkeypatch.undo()
+    train(longer, resume=tmp_path / "alone", progress=False)
+    assert_same(final_state(tmp_path / "together"), final_state(tmp_path / "alone"))

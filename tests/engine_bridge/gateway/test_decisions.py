@@ -30,6 +30,7 @@ from servegym.baselines.interface import (
 )
 from servegym.baselines.policy_spec import PolicySpec
 from servegym.baselines.registry import create
+from servegym.engine_bridge.gateway.admin import Admin
 from servegym.engine_bridge.gateway.arms import Arms
 from servegym.engine_bridge.gateway.config import DeployConfig
 from servegym.engine_bridge.gateway.core import Gateway
@@ -126,6 +127,11 @@ def test_policies_whose_order_changes_have_no_static_key(name: str) -> None:
         StaticKey(create("request", name), name, 1e4)
 
 
+def test_a_priority_sets_no_token_budget() -> None:
+    with pytest.raises(InputError, match="chunked: sets a token budget, which no priority can"):
+        StaticKey(create("request", "chunked"), "chunked", 1e4)
+
+
 def test_engines_are_ejected_and_readmitted() -> None:
     table = EngineTable([EngineLimits()] * 2)
     changes: list[int] = []
@@ -148,6 +154,9 @@ def test_engines_are_ejected_and_readmitted() -> None:
         health.served(1, False, now)
     health.probed(1, True, 20.0)
     assert not health.available(1)  # twice as long the second time
+    assert [health.ejections(engine) for engine in (0, 1)] == [1, 2]
+    health.served(1, True, 30.0)
+    assert health.ejections(1) == 2
     health.drain(0, True)
     assert health.describe(0) == "draining"
 
@@ -231,6 +240,37 @@ def test_a_bundle_is_swapped_in_only_if_it_loads() -> None:
     with pytest.raises(InputError, match="no such policy bundle"):
         one.arms.prepare(PolicySpec(name="runs/nowhere"), one.arms.recent())
     assert one.arms.policy.version == 1
+
+
+def test_a_policy_that_warms_up_is_let_in_and_a_slow_one_is_not(tmp_path: Path) -> None:
+    code = (
+        "import time\n\nclass Warm:\n    cold = True\n    def score(self, request, engines):\n"
+        "        time.sleep(1.2 if self.cold else 0)\n        self.cold = STAYS\n        return engines.inflight\n"
+    )
+    one = gateway()
+    (tmp_path / "warm.py").write_text(code.replace("STAYS", "False"))
+    arm = one.arms.prepare(PolicySpec(name=f"{tmp_path}/warm.py:Warm"), one.arms.recent())
+    assert not arm.policy.fallbacks
+    (tmp_path / "slow.py").write_text(code.replace("STAYS", "True"))
+    with pytest.raises(InputError, match=r"fails on recorded requests \(late\)"):
+        one.arms.prepare(PolicySpec(name=f"{tmp_path}/slow.py:Warm"), one.arms.recent())
+
+
+def test_the_status_tells_traffic_failures_and_their_causes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy = tmp_path / "mine.py"
+    policy.write_text("class Mine:\n    def score(self, request, engines):\n        return [][request.index]\n")
+    one = gateway(policy=f"{policy}:Mine")
+    decide(one, *(incoming({"prompt": [1]}, str(k)) for k in range(4)), incoming(b"{", "bad"))
+    one.finished(Outcome("0", "a:1", 200, True, ttft_s=0.25, total_s=1.0))
+    one.finished(Outcome("1", "b:1", 0, False))
+    status = Admin(one, {}).status()
+    line = f"{policy}:3: IndexError: list index out of range, in score"
+    assert (status["fallbacks"], status["causes"]) == ({"IndexError": 4}, {"IndexError": line})
+    assert caplog.text.count(line) == 1  # said once, not for each request
+    assert status["recent"]["total"]["ttft_s"] == {"p50": 0.25, "p90": 0.25, "p99": 0.25}
+    assert set(status["recent"]["unserved_per_s"]) == {"failed", "refused"}
+    assert [engine["ttft_s"] is None for engine in status["engines"]] == [False, True, True]
+    assert all(engine["requests_per_s"] > 0 for engine in status["engines"])
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:

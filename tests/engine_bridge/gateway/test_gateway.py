@@ -114,7 +114,7 @@ def test_streams_are_those_of_the_engines_and_the_log_knows_them(fakes: Fakes, t
         assert (record["prompt_tokens"], record["output_tokens"], record["ended"]) == (2, 5, "complete")
         assert record["policy"] == "round_robin"
         # The first byte at the gateway comes before that at the client.
-        assert 0.015 < record["ttft_s"] <= answer.ttft_s < record["e2e_s"] + 0.05
+        assert 0.015 < record["ttft_s"] <= answer.ttft_s < record["e2e_s"] + 0.5  # the client waits for a core
 
 
 def test_clients_can_neither_choose_an_engine_nor_go_first(fakes: Fakes, tmp_path: Path) -> None:

@@ -180,6 +180,22 @@ def test_what_is_read_from_files_is_read_beside_the_engines_steps(tmp_path: Path
     assert policy.scores(view()).tolist() == [0.0, -1.0, -2.0]
 
 
+def test_a_policy_may_take_a_share_of_the_token_budget_and_no_nonsense(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    write_policy(path, PolicySpec.parse("chunked,inner=spf_aging,share=0.25"))
+    policy = LivePolicy(path, None)
+    assert policy.budget_share == 0.25
+    write_policy(path, PolicySpec(name="fcfs"))
+    look_again(policy)
+    assert policy.budget_share is None
+    module = tmp_path / "mine.py"
+    module.write_text("class Mine:\n    budget_share = 'half'\n    def score(self, queue): return queue.arrival_s\n")
+    write_policy(path, PolicySpec(name=f"{module}:Mine"))
+    look_again(policy)
+    assert policy.budget_share is None
+    assert policy.failures == 1
+
+
 @pytest.mark.parametrize("fault", ["raise", "shape", "nan"])
 def test_a_failing_policy_leaves_the_order_of_arrival(tmp_path: Path, fault: str) -> None:
     module = tmp_path / "mine.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from servegym.envs.profiles.hardware import H200, MODELS, kv_blocks
 from servegym.envs.profiles.kernel_costs import KernelCosts
 from servegym.envs.profiles.kernel_tables import build_profile, main
 from servegym.envs.profiles.profile import Profile
+from servegym.envs.profiles.serving import REAL_DATA, Serving
 from servegym.envs.profiles.tables import KernelTables
 from servegym.errors import InputError
 
@@ -183,7 +185,7 @@ def test_repeated_measurements_give_their_median(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "qwen3-30b"], "--model: got 'qwen3-30b'; did you mean qwen3-30b-a3b?"),
+        (["--model", "qwen3-30b"], "--model: got 'qwen3-30b'; did you mean qwen3-30b-a3b or qwen3-235b-a22b?"),
         (["--ep", "0"], "--ep: got 0; allowed: an integer of at least 1"),
         ([], "no such file"),
     ],
@@ -202,3 +204,75 @@ def test_absent_pyarrow_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match=r"pyarrow: not installed; .*pip install"):
         KernelTables(tmp_path, "aic_h200_vllm0.24").gemm(8, 8)
+
+
+def test_product_that_was_not_measured_lies_between_its_neighbours_and_is_noted(tmp_path: Path) -> None:
+    sizes = [(n, k) for n in (64, 256) for k in (64, 256)]
+    columns = {"m": [8] * 4, "n": [n for n, _ in sizes], "k": [k for _, k in sizes], "gemm_dtype": ["bfloat16"] * 4}
+    table(tmp_path, "gemm", **columns, latency=[1e-9 * n * k for n, k in sizes])
+    tables = KernelTables(tmp_path, "aic_h200_vllm0.24")
+    assert tables.gemm(128, 64)[1][0] == pytest.approx(1e-6 * 128 * 64)
+    assert tables.gemm(128, 128)[1][0] == pytest.approx(1e-6 * 128 * 128)
+    assert tables.gemm(512, 256)[1][0] == pytest.approx(1e-6 * 512 * 256)  # in proportion
+    assert [note.rpartition(": ")[2] for note in tables.notes] == ["interpolated"] * 2 + [
+        "in proportion to the largest"
+    ]
+    with pytest.raises(InputError, match="no rows with gemm_dtype=bfloat16, n=5120, k=64"):
+        tables.gemm(5120, 64)
+
+
+def test_large_all_reduce_is_bounded_by_the_ring_and_small_ones_are_as_measured(data_folder: Path) -> None:
+    tables = KernelTables(data_folder / "latency", "aic_h200_vllm0.24")
+    custom, nccl = (KernelCosts(QWEN, H200, tables, 8, 8, serving=serving) for serving in (None, Serving()))
+    tokens = np.array([1.0, 256.0, 8192.0])
+    ratio = nccl.communication(tokens) / custom.communication(tokens)
+    assert ratio[:2].tolist() == [1, 1]
+    assert 0.4 < ratio[2] < 0.9
+
+
+def test_launches_bound_moe_steps_outside_cuda_graphs_from_below(data_folder: Path) -> None:
+    def steps_s(launch_us: float) -> list[float]:
+        serving = Serving(launch_us=launch_us)
+        profile, _ = build_profile("qwen3-30b-a3b", data_folder / "latency", 4, H200, 4, serving=serving)
+        cost = profile.compile(8192)
+        return [cost.step_s([(0, tokens)], []) for tokens in (256, 512, 513, 1024, 8192)]
+
+    free, slow = steps_s(0.0), steps_s(2000.0)
+    assert slow[:2] == free[:2]
+    assert all(48 * 2e-3 < step < 1.1 * 48 * 2e-3 for step in slow[2:4])  # the rest is the host's share of any step
+    assert free[3] < 0.5 * slow[3]
+    assert slow[4] == pytest.approx(max(free[4], 48 * 2e-3), rel=0.02)
+
+
+def test_products_with_real_data_take_longer_where_compute_bounds_them(data_folder: Path) -> None:
+    tables = KernelTables(data_folder / "latency", "aic_h200_vllm0.24")
+    tokens, alone = KernelCosts(QWEN, H200, tables).projections
+    ratio = KernelCosts(QWEN, H200, tables, serving=Serving()).projections[1] / alone
+    assert ratio[tokens <= 512].tolist() == [1.0] * int((tokens <= 512).sum())
+    assert ratio[tokens > 512] == pytest.approx(REAL_DATA)
+
+
+def test_router_in_float32_and_norm_across_heads_cost_extra(data_folder: Path) -> None:
+    tables = KernelTables(data_folder / "latency", "aic_h200_vllm0.24")
+    special = MODELS["minimax-m2.5"]
+    plain = replace(special, float32_router=False, norm_across_heads=False)
+    one, other = (KernelCosts(model, H200, tables, 4, 4) for model in (special, plain))
+    tokens = one.projections[0]
+    extra = (one.projections[1] - other.projections[1])[tokens == 8192] / special.layers
+    assert extra == pytest.approx(2e6 * 8192 * 256 * 3072 / (0.8 * 67e12), rel=0.3)
+    added = one.communication(np.array([8.0])) - other.communication(np.array([8.0]))
+    assert special.layers * 3 < added < special.layers * 15
+
+
+def test_cache_in_fp8_is_read_in_less_time_and_holds_twice_the_tokens(data_folder: Path) -> None:
+    def build(kv: str) -> Profile:
+        return build_profile("qwen3-30b-a3b", data_folder / "latency", serving=Serving(kv=kv))[0]
+
+    half, whole = build("fp8"), build("bfloat16")
+    assert half.engine.num_blocks == pytest.approx(2 * whole.engine.num_blocks, abs=1)
+    assert half.step_time.decode_context_us < 0.8 * whole.step_time.decode_context_us
+
+
+def test_missing_moe_layout_lists_what_there_is(data_folder: Path) -> None:
+    with pytest.raises(InputError, match=r"allowed moe_dtype/moe_tp_size/moe_ep_size: bfloat16/1/1"):
+        KernelTables(data_folder / "latency", "aic_h200_vllm0.24").moe(QWEN, 3, "balanced")

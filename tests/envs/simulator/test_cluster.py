@@ -103,6 +103,16 @@ def test_step_durations_follow_the_profile(toy_profile: str) -> None:
     assert preemptions > 0
 
 
+@pytest.mark.parametrize(("share", "tokens"), [(0.5, 32), (0.001, 16), (1.0, 64)])
+def test_a_share_of_the_token_budget_is_a_smaller_budget(toy_profile: str, share: float, tokens: int) -> None:
+    """The same run as on engines with that budget; and it is never so small that a running request misses a step."""
+    engine = {"max_num_batched_tokens": 64, "max_num_seqs": 16}
+    mine = run(random_table(6), toy_profile, order=f"chunked,inner=sjf_age,share={share}", engine=engine)
+    other = run(random_table(6), toy_profile, order="sjf_age", engine=engine | {"max_num_batched_tokens": tokens})
+    assert (mine.memory.engines["max_num_batched_tokens"] == tokens).all()
+    np.testing.assert_array_equal(mine.memory.requests["finish_s"], other.memory.requests["finish_s"])
+
+
 def test_lockstep_steps_last_as_long_as_the_slowest_rank(toy_profile: str) -> None:
     table = RequestTable.build([0.0, 0.0], [400, 10], [5, 5])
     simulated = run(table, toy_profile, engines=2, mode="lockstep")

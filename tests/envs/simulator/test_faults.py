@@ -125,3 +125,18 @@ def test_a_mute_engine_shows_its_last_report(toy_profile: str) -> None:
         turn += 1
         alive = simulated.dispatch(turn % 2)
     assert oldest > 5.0
+
+
+@pytest.mark.parametrize("dispatch", ["vllm", "gimbal2"])
+def test_a_pause_changes_nothing(toy_profile: str, dispatch: str) -> None:
+    """Also where no request arrives for several periods of the telemetry."""
+    config = ClusterConfig.model_validate({"profile": toy_profile, "engines": 3})
+    table = random_table(4, count=200, rate_rps=4.0, user=np.arange(200) % 5)
+    chosen = []
+    for pauses in ([], 0.7 * np.arange(1, 60)):
+        simulated = SimulatedCluster(config, table, create("request", "fcfs"), create("engine", dispatch))
+        for pause in pauses:
+            simulated.run_until(float(pause))
+        simulated.run()
+        chosen.append(simulated.memory.requests["engine"].copy())
+    np.testing.assert_array_equal(*chosen)

@@ -173,9 +173,9 @@ def test_mean_lengths() -> None:
 
 @pytest.mark.parametrize("content", [SINGLE, SESSIONS])
 def test_a_million_requests_take_well_under_two_seconds(content: dict[str, Any]) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(generate(config(content), requests=1_000_000, rate_rps=50.0)) == 1_000_000
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 @pytest.mark.parametrize(

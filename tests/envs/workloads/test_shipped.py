@@ -32,8 +32,10 @@ def test_names() -> None:
         "agentic-coding",
         "chat-sessions",
         "fixed",
+        "tenants",
     }
     expected |= {f"servegen-m-{size}" for size in ("large", "mid", "small")}
+    expected |= {f"small-{kind}" for kind in ("steady", "bursty", "mixed", "sessions")}
     expected |= {f"burstgpt-{shape}" for shape in ("random", "central", "descending", "two-end", "average")}
     assert set(NAMES) == expected
 

@@ -95,7 +95,7 @@ def test_a_changed_trace_is_read_again(replay: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arrivals": None}, "arrivals for a generated workload, or a trace"),
+        ({"arrivals": None}, "arrivals for a generated workload, a trace, or tenants"),
         ({"trace": {"path": "x.csv"}}, "no arrivals and no prompt_tokens and no output_tokens beside a trace"),
         ({"rate_rps": 3}, "rate_rps: unknown key"),
         ({"arival": 3}, "arival: unknown key; did you mean arrivals?"),
