@@ -16,9 +16,6 @@ import simpy
 
 from servegym.baselines.heuristic import compiled_form
 from servegym.baselines.interface import (
-    C_WAITING,
-    CONTEXT_COLUMNS,
-    QUEUE_COLUMNS,
     EnginePolicy,
     EngineViews,
     ExpertLoad,
@@ -27,32 +24,23 @@ from servegym.baselines.interface import (
     QueueView,
     RequestPolicy,
     RequestView,
-    pick,
 )
-from servegym.baselines.user_code import checked_scores
 from servegym.envs.simulator.build import Memory
 from servegym.envs.simulator.compile import announce_compilation, engine_score, request_key
-from servegym.envs.simulator.config import ClusterConfig, Fault
+from servegym.envs.simulator.config import ClusterConfig
+from servegym.envs.simulator.engine_control import EngineControl
 from servegym.envs.simulator.experts.model import ExpertModel
 from servegym.envs.simulator.experts.replacement import Replacer
 from servegym.envs.simulator.frontend import common_frontend, delayed
-from servegym.envs.simulator.kernel import faults
 from servegym.envs.simulator.kernel.cluster import DISPATCH, DONE, HORIZON, ORDER, PLACEMENT, advance_to_decision
-from servegym.envs.simulator.kernel.queues import read_queue_of
-from servegym.envs.simulator.kernel.state import (
-    NONE,
-    ORDER_DYNAMIC,
-    ORDER_EXTERNAL,
-    ORDER_FCFS,
-    ORDER_PICK,
-    ORDER_PRIORITY,
-    ORDER_STATIC,
-)
+from servegym.envs.simulator.kernel.state import NONE, ORDER_DYNAMIC, ORDER_STATIC
+from servegym.envs.simulator.python_policies import EngineChooser, queue_order, score_queue
 from servegym.envs.simulator.random_faults import RandomFaults
+from servegym.envs.simulator.views import engine_views, queue_view, request_view
 from servegym.envs.workloads.table import RequestTable
 
 
-class SimulatedCluster:
+class SimulatedCluster(EngineControl):
     """One run of a table of requests on a cluster, under a request policy and an engine policy.
 
     Without an engine policy the caller decides: :meth:`next_decision` and :meth:`dispatch` alternate. With one,
@@ -99,18 +87,17 @@ class SimulatedCluster:
         self.environment = simpy.Environment()
         self.totals = np.zeros(3)
         self._request_policy = request_policy
-        self._engine_policy = engine_policy
+        self._chooser = EngineChooser(engine_policy)
         self.experts = self._make_experts(seed)
         self.replacers = [Replacer(group, self.environment) for group in self.experts.groups] if self.experts else []
         # Groups learn apart from each other; a policy with state of its own is copied for each.
         self.expert_policies = [copy.deepcopy(expert_policy) for _ in self.replacers]
-        order, key, key_params = _order(request_policy)
+        order, key, key_params = queue_order(request_policy)
         if tunable and order == ORDER_STATIC:
             order = ORDER_DYNAMIC
         self._paused = False
         form = compiled_form(engine_policy) if engine_policy is not None else None
         announce_compilation()
-        self._hooks = _hooks(engine_policy)
         self.memory = Memory(
             delayed(table, self.frontend),
             self.specs,
@@ -119,7 +106,7 @@ class SimulatedCluster:
             router=config.router,
             lockstep=config.mode == "lockstep",
             external_dispatch=form is None,
-            log_events=bool(self._hooks.keys() & {"on_first_token", "on_finish"}),
+            log_events=self._chooser.log_events,
             oracle=getattr(request_policy, "needs_oracle", False),
             dispatch_oracle=getattr(engine_policy, "needs_oracle", False),
             served_weights=getattr(request_policy, "served_weights", None),
@@ -133,16 +120,13 @@ class SimulatedCluster:
             seed=seed,
             source=source,
         )
-        self._events_seen = 0
         for policy in (request_policy, engine_policy, *self.expert_policies):
             reset = getattr(policy, "reset", None)
             if reset is not None:
                 reset(seed)
         for fault in config.faults:
-            self.environment.process(self._fault(fault))
-        self.random_faults = RandomFaults(
-            self.environment, config.random_faults, self.memory.engines, self._apply, seed
-        )
+            self.schedule(fault)
+        self.random_faults = RandomFaults(self.environment, config.random_faults, self.memory.engines, self.apply, seed)
         self._place_static()
 
     def _make_experts(self, seed: int) -> ExpertModel | None:
@@ -265,23 +249,7 @@ class SimulatedCluster:
 
     def waiting_requests(self, engine: int) -> tuple[QueueView, npt.NDArray[np.int32]]:
         """Return the waiting queue of an engine in order of arrival, and which requests they are."""
-        record = self.memory.engines[engine]
-        rows = np.empty((int(record["waiting"]), QUEUE_COLUMNS))
-        members = np.empty(len(rows), dtype=np.int32)
-        context = np.empty(CONTEXT_COLUMNS)
-        count = read_queue_of(self.memory.cluster, engine, rows, members, context)
-        now, running, max_num_seqs, free, total, size, rate = context[:C_WAITING].tolist()
-        queue = QueueView(
-            data=rows[:count],
-            now_s=now,
-            running=int(running),
-            max_num_seqs=int(max_num_seqs),
-            free_blocks=int(free),
-            total_blocks=int(total),
-            block_size=int(size),
-            prefill_tokens_per_s=rate,
-        )
-        return queue, members[:count]
+        return queue_view(self.memory, engine)
 
     def admit(self, engine: int, request: int) -> None:
         """Have an engine consider this waiting request next; it is admitted if it fits."""
@@ -304,26 +272,14 @@ class SimulatedCluster:
 
     def request_view(self) -> RequestView:
         """The pending request."""
-        row = self.memory.request_row
-        now, arrival, prompt, priority, deadline, user, session, turn, index, last, *uniforms, key = row.tolist()
-        return RequestView(
-            index=int(index),
-            now_s=now,
-            arrival_s=arrival,
-            prompt_tokens=int(prompt),
-            priority=int(priority),
-            user=int(user),
-            session=int(session),
-            turn=int(turn),
-            deadline_s=deadline,
-            last_engine=int(last),
-            uniforms=(uniforms[0], uniforms[1]),
-            prefix_key=int(key),
-        )
+        return request_view(self.memory)
 
     def engine_views(self) -> EngineViews:
         """The engines at the pending decision."""
-        return EngineViews(self.memory.engine_view.copy(order="C"))
+        return engine_views(self.memory)
+
+    def _choose(self) -> int:
+        return self._chooser.choose(self.memory)
 
     def _advance_to_dispatch(self, action: int, stopped: int | None = None) -> bool:
         reason = self._advance(action, stopped)
@@ -344,18 +300,20 @@ class SimulatedCluster:
             horizon = self.horizon_s
             reason = advance_to_decision(cluster, horizon, action, self.totals) if stopped is None else stopped
             action, stopped = NONE, None
-            if reason in (DISPATCH, PLACEMENT) or (reason == ORDER and self._request_policy is None):
+            if reason in (DISPATCH, PLACEMENT):
                 return reason
-            if reason == HORIZON:
+            if reason == ORDER:
+                if self._request_policy is None:
+                    return ORDER
+                score_queue(self._request_policy, self.memory, int(cluster["order_engine"][0]))
+            elif reason == HORIZON:
                 self.environment.step()
-            elif reason == DONE:
+            else:
                 # Later events, a recovery for instance, matter only to requests that wait for an engine.
                 if horizon == float("inf") or self.finished == len(self.table) or self._given_up():
                     return DONE
                 cluster["now_s"] = horizon
                 self.environment.step()
-            else:
-                self._order_queue(int(cluster["order_engine"][0]))
             if self._paused:
                 return HORIZON
 
@@ -372,94 +330,6 @@ class SimulatedCluster:
         middle = now + 0.5 * group.config.replacement.interval_steps * now / steps
         return group.expected_load(self.experts.weights_at(middle))
 
-    # ------------------------------------------------------------------------------------------------ policies in
-    # Python
-    def _choose(self) -> int:
-        """The engine that a policy without compiled form picks for the pending request."""
-        policy = self._engine_policy
-        if policy is None:
-            raise RuntimeError("the cluster has no engine policy; use next_decision() and dispatch()")
-        self._deliver_events()
-        request, engines = self.request_view(), self.engine_views()
-        scores = checked_scores(policy, policy.score(request, engines), len(engines))
-        choice = pick(scores, engines.available)
-        if "on_dispatch" in self._hooks:
-            self._hooks["on_dispatch"](request, choice)
-        return choice
-
-    def _deliver_events(self) -> None:
-        count = int(self.memory.cluster["event_count"][0])
-        fresh = self.memory.events[self._events_seen : count]
-        self._events_seen = count
-        requests = self.memory.requests
-        times = np.where(fresh % 2 == 0, requests["first_s"][fresh // 2], requests["finish_s"][fresh // 2])
-        for position in np.argsort(times, kind="stable"):
-            r, ended = divmod(int(fresh[position]), 2)
-            engine, time = int(requests["engine"][r]), float(times[position])
-            if ended and "on_finish" in self._hooks:
-                self._hooks["on_finish"](r, engine, time, int(requests["output"][r]))
-            elif not ended and "on_first_token" in self._hooks:
-                self._hooks["on_first_token"](r, engine, time)
-
-    def _order_queue(self, engine: int) -> None:
-        """Score a waiting queue with a policy without compiled form."""
-        queue, members = self.waiting_requests(engine)
-        assert self._request_policy is not None
-        scores = checked_scores(self._request_policy, self._request_policy.score(queue), len(queue))
-        self.memory.requests["key"][members] = scores
-        self.memory.engines["ordered"][engine] = 1
-
-    # ------------------------------------------------------------------------------------------------ change
-    def kill(self, engine: int) -> None:
-        """Let an engine die now."""
-        faults.kill(self.memory.cluster, engine, self.environment.now)
-
-    def recover(self, engine: int) -> None:
-        """Bring a dead engine back, empty."""
-        faults.recover(self.memory.cluster, engine, self.environment.now)
-
-    def hang(self, engine: int) -> None:
-        """Stop an engine in the middle of its step."""
-        faults.hang(self.memory.cluster, engine, self.environment.now)
-
-    def resume(self, engine: int) -> None:
-        """Let a hung engine go on."""
-        faults.resume(self.memory.cluster, engine, self.environment.now)
-
-    def leave(self, engine: int) -> None:
-        """Drain an engine: no new requests."""
-        faults.leave(self.memory.cluster, engine)
-
-    def join(self, engine: int) -> None:
-        """Let a drained engine take requests again."""
-        faults.join(self.memory.cluster, engine, self.environment.now)
-
-    def slow(self, engine: int, factor: float) -> None:
-        """Multiply the engine's step times by ``factor``, from its next step."""
-        self.memory.engines["slowdown"][engine] = self.specs[engine].slowdown * factor
-
-    def report(self, engine: int, reporting: bool) -> None:
-        """Stop or resume an engine's telemetry."""
-        self.memory.engines["reporting"][engine] = reporting
-
-    def _fault(self, fault: Fault) -> Generator[simpy.Event, Any, None]:
-        yield self.environment.timeout(fault.at_s)
-        self._apply(fault)
-
-    def _apply(self, fault: Fault) -> None:
-        actions: dict[str, Callable[[int], None]] = {
-            "die": self.kill,
-            "recover": self.recover,
-            "hang": self.hang,
-            "resume": self.resume,
-            "leave": self.leave,
-            "join": self.join,
-            "slow": lambda engine: self.slow(engine, fault.factor),
-            "mute": lambda engine: self.report(engine, False),
-            "unmute": lambda engine: self.report(engine, True),
-        }
-        actions[fault.kind](fault.engine)
-
     def _given_up(self) -> bool:
         """Whether only random faults can still happen, none of which brings an engine back."""
         last = max((fault.at_s for fault in self.config.faults), default=0.0)
@@ -470,21 +340,3 @@ class SimulatedCluster:
         while self.finished < len(self.table):
             yield self.environment.timeout(span)
             progress(self.finished / len(self.table))
-
-
-def _order(policy: RequestPolicy | None) -> tuple[int, Callable[..., float] | None, FloatArray]:
-    """Which kind of queue the kernel needs for a request policy, its compiled key and the key's parameters."""
-    if policy is None:
-        return ORDER_PICK, None, np.zeros(0)
-    native = getattr(policy, "native", None)
-    if native is not None:
-        return (ORDER_PRIORITY if native == "priority" else ORDER_FCFS), None, np.zeros(0)
-    form = compiled_form(policy)
-    if form is None:
-        return ORDER_EXTERNAL, None, np.zeros(0)
-    return (ORDER_STATIC if getattr(policy, "static", False) else ORDER_DYNAMIC), *form
-
-
-def _hooks(policy: EnginePolicy | None) -> dict[str, Callable[..., None]]:
-    names = ("on_dispatch", "on_first_token", "on_finish")
-    return {name: getattr(policy, name) for name in names if hasattr(policy, name)}

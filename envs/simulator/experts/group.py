@@ -14,7 +14,8 @@ from servegym.envs.profiles.profile import ExpertShape
 from servegym.envs.simulator.experts.config import ExpertsConfig
 from servegym.envs.simulator.experts.costs import ExpertCosts
 from servegym.envs.simulator.experts.routing.bank import RoutingBank
-from servegym.envs.simulator.kernel.experts import count_pairs, measure_placement, tabulate_layers
+from servegym.envs.simulator.kernel.experts.excess import tabulate_layers
+from servegym.envs.simulator.kernel.experts.placement import count_pairs, measure_placement
 from servegym.envs.simulator.kernel.state import BATCH_SIZES, EXPERTS, WINDOW_BUCKETS
 
 # Tokens of each task from which loads and traffic of a placement are measured.

@@ -16,7 +16,7 @@ from numba import carray
 
 from servegym.envs.simulator.kernel.arrivals import next_arrival_s, pop_arrival
 from servegym.envs.simulator.kernel.dispatch import choose, fill_view, hand_over, strand, take_telemetry
-from servegym.envs.simulator.kernel.experts import expert_step_s, placement_due
+from servegym.envs.simulator.kernel.experts.step import expert_step_s, placement_due
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import engine_at, floats
 from servegym.envs.simulator.kernel.progress import settle_integrals

@@ -47,7 +47,7 @@ from servegym.baselines.interface import (
 )
 from servegym.envs.simulator.kernel.arrivals import push_later
 from servegym.envs.simulator.kernel.blocks import mix
-from servegym.envs.simulator.kernel.experts import pressure
+from servegym.envs.simulator.kernel.experts.step import pressure
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import (
     call_engine_score,

@@ -12,6 +12,7 @@ import numpy as np
 
 State: TypeAlias = Any  # a CLUSTER record, as compiled functions take it
 Engine: TypeAlias = Any  # an ENGINE record
+Experts: TypeAlias = Any  # an EXPERTS record
 
 # Status of a request.
 PENDING, WAITING, PREFILL, DECODE, FINISHED = range(5)
@@ -294,7 +295,7 @@ TELEMETRY = np.dtype(
     align=True,
 )
 
-# The experts of one EP group, see kernel/experts.py. L layers, E experts, P slots, K ranks, T tasks, G engines,
+# The experts of one EP group, see kernel/experts. L layers, E experts, P slots, K ranks, T tasks, G engines,
 # B batch sizes, W window buckets.
 EXPERTS = np.dtype(
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from servegym.envs.simulator.kernel.experts import count_mixed_tasks, count_steady_tasks, expert_step_s
+from servegym.envs.simulator.kernel.experts.step import count_mixed_tasks, count_steady_tasks, expert_step_s
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import floats
 from servegym.envs.simulator.kernel.queues import order_queue

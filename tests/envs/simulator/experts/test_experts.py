@@ -16,7 +16,7 @@ from servegym.envs.profiles.profile import ExpertShape, Profile
 from servegym.envs.simulator.cluster import SimulatedCluster
 from servegym.envs.simulator.config import ClusterConfig
 from servegym.envs.simulator.experts.costs import expert_costs, uniform_activated, uniform_traffic
-from servegym.envs.simulator.kernel.experts import expected_max
+from servegym.envs.simulator.kernel.experts.excess import expected_max
 from servegym.envs.simulator.metrics import RunOutcome, engine_metrics
 from servegym.errors import InputError
 

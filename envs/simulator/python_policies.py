@@ -1,0 +1,83 @@
+"""Policies that the kernel cannot call by themselves: it stops, Python scores, and it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from servegym.baselines.heuristic import compiled_form
+from servegym.baselines.interface import EnginePolicy, FloatArray, RequestPolicy, pick
+from servegym.baselines.user_code import checked_scores
+from servegym.envs.simulator.build import Memory
+from servegym.envs.simulator.kernel.state import (
+    ORDER_DYNAMIC,
+    ORDER_EXTERNAL,
+    ORDER_FCFS,
+    ORDER_PICK,
+    ORDER_PRIORITY,
+    ORDER_STATIC,
+)
+from servegym.envs.simulator.views import engine_views, queue_view, request_view
+
+
+def queue_order(policy: RequestPolicy | None) -> tuple[int, Callable[..., float] | None, FloatArray]:
+    """Return which kind of queue the kernel needs for a request policy, its compiled key and the key's parameters."""
+    if policy is None:
+        return ORDER_PICK, None, np.zeros(0)
+    native = getattr(policy, "native", None)
+    if native is not None:
+        return (ORDER_PRIORITY if native == "priority" else ORDER_FCFS), None, np.zeros(0)
+    form = compiled_form(policy)
+    if form is None:
+        return ORDER_EXTERNAL, None, np.zeros(0)
+    return (ORDER_STATIC if getattr(policy, "static", False) else ORDER_DYNAMIC), *form
+
+
+def score_queue(policy: RequestPolicy, memory: Memory, engine: int) -> None:
+    """Order the waiting queue of an engine by a request policy's scores."""
+    queue, members = queue_view(memory, engine)
+    memory.requests["key"][members] = checked_scores(policy, policy.score(queue), len(queue))
+    memory.engines["ordered"][engine] = 1
+
+
+class EngineChooser:
+    """Asks an engine policy, and tells it what became of its requests.
+
+    Attributes:
+        log_events: whether the kernel is to log first tokens and ends, for the policy's hooks.
+    """
+
+    def __init__(self, policy: EnginePolicy | None) -> None:
+        self._policy = policy
+        names = ("on_dispatch", "on_first_token", "on_finish")
+        self._hooks = {name: getattr(policy, name) for name in names if hasattr(policy, name)}
+        self._events_seen = 0
+        self.log_events = bool(self._hooks.keys() & {"on_first_token", "on_finish"})
+
+    def choose(self, memory: Memory) -> int:
+        """Return the engine that the policy picks for the pending request."""
+        policy = self._policy
+        if policy is None:
+            raise RuntimeError("the cluster has no engine policy; use next_decision() and dispatch()")
+        self._deliver_events(memory)
+        request, engines = request_view(memory), engine_views(memory)
+        scores = checked_scores(policy, policy.score(request, engines), len(engines))
+        choice = pick(scores, engines.available)
+        if "on_dispatch" in self._hooks:
+            self._hooks["on_dispatch"](request, choice)
+        return choice
+
+    def _deliver_events(self, memory: Memory) -> None:
+        count = int(memory.cluster["event_count"][0])
+        fresh = memory.events[self._events_seen : count]
+        self._events_seen = count
+        requests = memory.requests
+        times = np.where(fresh % 2 == 0, requests["first_s"][fresh // 2], requests["finish_s"][fresh // 2])
+        for position in np.argsort(times, kind="stable"):
+            r, ended = divmod(int(fresh[position]), 2)
+            engine, time = int(requests["engine"][r]), float(times[position])
+            if ended and "on_finish" in self._hooks:
+                self._hooks["on_finish"](r, engine, time, int(requests["output"][r]))
+            elif not ended and "on_first_token" in self._hooks:
+                self._hooks["on_first_token"](r, engine, time)
