@@ -21,6 +21,7 @@ from servegym.baselines.interface import (
     ENGINE_COLUMNS,
     QUEUE_COLUMNS,
     REQUEST_COLUMNS,
+    FloatArray,
 )
 from servegym.envs.profiles.profile import EngineLimits
 from servegym.envs.simulator.config import EngineSpec, RouterConfig, Telemetry
@@ -32,6 +33,7 @@ from servegym.envs.simulator.kernel.state import (
     NONE,
     TELEMETRY,
 )
+from servegym.envs.simulator.policy_forms import PolicyForms
 from servegym.envs.simulator.records import (
     check_fit,
     dense,
@@ -63,27 +65,31 @@ class Memory:
         self,
         table: RequestTable,
         engines: Sequence[EngineSpec],
+        policies: PolicyForms,
         *,
-        order: int,
         telemetry: Telemetry,
         router: RouterConfig | None = None,
         lockstep: bool = False,
-        external_dispatch: bool = False,
         log_events: bool = False,
-        oracle: bool = False,
-        dispatch_oracle: bool = False,
-        served_weights: tuple[float, float] | None = None,
-        budget_share: float | None = None,
         record_totals: bool = False,
-        engine_params: npt.ArrayLike = (),
-        request_params: npt.ArrayLike = (),
-        engine_score: int = 0,
-        request_key: int = 0,
         experts: ExpertModel | None = None,
         seed: int = 0,
         source: str = "workload",
     ) -> None:
         """Lay out the memory of one run.
+
+        Args:
+            table: the requests.
+            engines: limits and step times.
+            policies: what the kernel is told of the policies.
+            telemetry: how often engines report, and how late.
+            router: its prefix index.
+            lockstep: all engines take each step together.
+            log_events: keep ``events``.
+            record_totals: keep ``totals``.
+            experts: the expert model, None without one.
+            seed: of what the kernel draws, and of the routes of tokens.
+            source: where the table comes from, for error messages.
 
         Raises:
             InputError: a request can never fit an engine's KV cache or context length.
@@ -93,99 +99,49 @@ class Memory:
         users, user = dense(table.user)
         sessions, session = dense(table.session)
         _, template = dense(table.template)
-        size, count = len(engines), len(table)
+        count = len(table)
         self.requests = request_records(table, user, session, template)
-        self.engines = engine_records(engines, order)
+        self.engines = engine_records(engines, policies.order)
         for record in self.engines:
             limit, sequences = int(record["max_num_batched_tokens"]), int(record["max_num_seqs"])
-            record["max_num_batched_tokens"] = token_budget(budget_share, limit, sequences)
+            record["max_num_batched_tokens"] = token_budget(policies.budget_share, limit, sequences)
         self.cluster = np.zeros(1, dtype=CLUSTER)
-        self.engine_view = np.zeros((size, ENGINE_COLUMNS), order="F")
+        self.engine_view = _first_view(self.engines)
         self.request_row = np.zeros(REQUEST_COLUMNS)
         self.context_row = np.zeros(CONTEXT_COLUMNS)
-        self.engine_view[:, E_MAX_NUM_SEQS] = self.engines["max_num_seqs"]
-        self.engine_view[:, E_KV_TOKENS] = (self.engines["num_blocks"] - 1) * self.engines["block_size"]
-        self.engine_view[:, E_MAX_BATCHED_TOKENS] = self.engines["max_num_batched_tokens"]
-        self.engine_view[:, E_PREFILL_TOKENS_PER_S] = self.engines["prefill_tokens_per_s"]
-        self.engine_view[:, E_DECODE_STEP_S] = self.engines["decode_step_s"]
-        self.engine_view[:, [E_TRUE_PREFILL_TOKENS, E_TRUE_OUTPUT_TOKENS]] = np.nan
+        self.request_params = policies.request_params
         self.events = np.zeros(2 * count if log_events else 0, dtype=np.int32)
         self.totals = np.zeros((count if record_totals else 0, 3))
-        longest = int((table.prompt_tokens + table.output_tokens).max())
-        costs = step_costs(engines, lockstep)
-        for record, spec, cost in zip(self.engines, engines, costs, strict=True):
-            self._lay_out_engine(record, spec.limits, longest, users if served_weights else None)
-            # The expert model has its own account of communication.
-            local = cost.local_table_s if experts is None else cost.local_table_s - cost.communication_table_s
-            record["local_cost_at"] = self._own(local)
-            record["moe_cost_at"] = self._own(cost.moe_table_s)
+        serving = policies.served_weights is not None
+        self._lay_out_engines(table, engines, users if serving else None)
+        self._add_costs(engines, lockstep, experts)
         if experts is not None:
             self._add_experts(experts, lockstep, seed)
-        depth = 2 + int(np.ceil(telemetry.lag_s / telemetry.period_s)) if telemetry.period_s > 0 else 1
-        roots = np.flatnonzero(table.parent < 0).astype(np.int32)
-        # A frontend that takes longer for a longer prompt lets others overtake.
-        roots = roots[np.argsort(table.arrival_s[roots], kind="stable")]
-        parameters = [np.array(values, dtype=np.float64) for values in (engine_params, request_params)]
-        self.request_params = parameters[1]
-        fields: dict[str, Any] = {
+
+        fields = _policy_fields(policies) | _table_fields(table) | _telemetry_fields(telemetry)
+        fields |= {
             "seed": seed,
             "lockstep": lockstep,
             "step_s": np.inf,
-            "external_dispatch": external_dispatch,
-            "closed_loop": table.closed_loop,
-            "shortest_think_s": table.think_s[table.parent >= 0].min() if table.closed_loop else 0.0,
-            "telemetry_period_s": telemetry.period_s,
-            "telemetry_lag_s": telemetry.lag_s,
-            "telemetry_depth": depth,
             "logging": log_events,
-            "oracle": oracle,
-            "dispatch_oracle": dispatch_oracle,
-            "serving": served_weights is not None,
-            "user_count": users,
             "recording": record_totals,
-            "engine_count": size,
-            "root_count": len(roots),
-            "prefix_block_tokens": table.prefix_block_tokens,
-            "engine_param_count": len(parameters[0]),
-            "request_param_count": len(parameters[1]),
-            "engine_score_at": engine_score,
-            "request_key_at": request_key,
+            "user_count": users,
+            "engine_count": len(engines),
+            "groups_at": experts.records.ctypes.data if experts is not None else 0,
         }
-        if served_weights is not None:
-            fields["prompt_weight"], fields["output_weight"] = served_weights
         fields |= dict.fromkeys(
             ("shown_snapshot", "pending", "last_engine", "order_engine", "stranded", "placement_group"), NONE
         )
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "requests": self.requests,
-            "engines": self.engines,
-            "event_s": np.full(size, np.inf),
-            "snapshot_s": np.zeros(size),
-            "changed": np.zeros(size, dtype=np.int32),
-            "roots": roots,
-            "later_s": np.zeros(count),
-            "later": np.zeros(count, dtype=np.int32),
-            "events": self.events,
-            "prefix_start": table.prefix_start,
-            "prefix_ids": table.prefix_ids,
-            "telemetry": np.zeros((depth, size), dtype=TELEMETRY),
+        arrays = self._arrays(table, policies.engine_params)
+        arrays |= {
+            "telemetry": np.zeros((fields["telemetry_depth"], len(engines)), dtype=TELEMETRY),
             "user_engine": np.full(users, NONE, dtype=np.int32),
             "session_engine": np.full(sessions, NONE, dtype=np.int32),
-            "engine_view": self.engine_view,
-            "request_row": self.request_row,
-            "totals": self.totals,
-            "scores": np.zeros(size),
-            "queue_row": np.zeros(QUEUE_COLUMNS),
-            "context_row": self.context_row,
-            "engine_params": parameters[0],
-            "request_params": self.request_params,
-            "charges": np.zeros(users + 1 if served_weights else 0),
+            "charges": np.zeros(users + 1 if serving else 0),
         }
         index_fields, index_arrays = prefix_index(table, self.requests, self.engines, router or RouterConfig())
         fields |= index_fields
-        arrays |= index_arrays
-        fields |= {f"{name}_at": self._own(array) for name, array in arrays.items()}
-        fields["groups_at"] = experts.records.ctypes.data if experts is not None else 0
+        fields |= {f"{name}_at": self._own(array) for name, array in (arrays | index_arrays).items()}
         for name, value in fields.items():
             self.cluster[0][name] = value
         reset_pools(self.engines)
@@ -198,6 +154,45 @@ class Memory:
         owned = {array.ctypes.data: array for array in self._owned}
         record = self.engines[engine]
         return owned[record["running_at"]], owned[record["scheduled_at"]], owned[record["preempted_at"]]
+
+    def _arrays(self, table: RequestTable, engine_params: FloatArray) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of the CLUSTER record whose size follows from the requests and the engines."""
+        size, count = len(self.engines), len(table)
+        roots = np.flatnonzero(table.parent < 0).astype(np.int32)
+        return {
+            "requests": self.requests,
+            "engines": self.engines,
+            "event_s": np.full(size, np.inf),
+            "snapshot_s": np.zeros(size),
+            "changed": np.zeros(size, dtype=np.int32),
+            # A frontend that takes longer for a longer prompt lets others overtake.
+            "roots": roots[np.argsort(table.arrival_s[roots], kind="stable")],
+            "later_s": np.zeros(count),
+            "later": np.zeros(count, dtype=np.int32),
+            "events": self.events,
+            "prefix_start": table.prefix_start,
+            "prefix_ids": table.prefix_ids,
+            "engine_view": self.engine_view,
+            "request_row": self.request_row,
+            "totals": self.totals,
+            "scores": np.zeros(size),
+            "queue_row": np.zeros(QUEUE_COLUMNS),
+            "context_row": self.context_row,
+            "engine_params": engine_params,
+            "request_params": self.request_params,
+        }
+
+    def _lay_out_engines(self, table: RequestTable, engines: Sequence[EngineSpec], served_users: int | None) -> None:
+        longest = int((table.prompt_tokens + table.output_tokens).max())
+        for record, spec in zip(self.engines, engines, strict=True):
+            self._lay_out_engine(record, spec.limits, longest, served_users)
+
+    def _add_costs(self, engines: Sequence[EngineSpec], lockstep: bool, experts: ExpertModel | None) -> None:
+        for record, cost in zip(self.engines, step_costs(engines, lockstep), strict=True):
+            # The expert model has its own account of communication.
+            local = cost.local_table_s if experts is None else cost.local_table_s - cost.communication_table_s
+            record["local_cost_at"] = self._own(local)
+            record["moe_cost_at"] = self._own(cost.moe_table_s)
 
     def _add_experts(self, experts: ExpertModel, lockstep: bool, seed: int) -> None:
         tasks = len(experts.bank.task_names)
@@ -239,3 +234,49 @@ class Memory:
             shapes |= {"table_blocks": (slots, np.int32), "block_tables": (seqs * record["row_length"], np.int32)}
         for name, (length, dtype) in (zeros | shapes).items():
             record[f"{name}_at"] = self._own(array(self, length, dtype, zero=name in zeros))
+
+
+def _first_view(records: npt.NDArray[Any]) -> FloatArray:
+    """The view of the engines, with the columns that never change, shape (engines, ENGINE_COLUMNS)."""
+    view = np.zeros((len(records), ENGINE_COLUMNS), order="F")
+    view[:, E_MAX_NUM_SEQS] = records["max_num_seqs"]
+    view[:, E_KV_TOKENS] = (records["num_blocks"] - 1) * records["block_size"]
+    view[:, E_MAX_BATCHED_TOKENS] = records["max_num_batched_tokens"]
+    view[:, E_PREFILL_TOKENS_PER_S] = records["prefill_tokens_per_s"]
+    view[:, E_DECODE_STEP_S] = records["decode_step_s"]
+    view[:, [E_TRUE_PREFILL_TOKENS, E_TRUE_OUTPUT_TOKENS]] = np.nan
+    return view
+
+
+def _policy_fields(policies: PolicyForms) -> dict[str, Any]:
+    fields = {
+        "external_dispatch": policies.external_dispatch,
+        "oracle": policies.oracle,
+        "dispatch_oracle": policies.dispatch_oracle,
+        "serving": policies.served_weights is not None,
+        "engine_param_count": len(policies.engine_params),
+        "request_param_count": len(policies.request_params),
+        "engine_score_at": policies.engine_score,
+        "request_key_at": policies.request_key,
+    }
+    if policies.served_weights is not None:
+        fields["prompt_weight"], fields["output_weight"] = policies.served_weights
+    return fields
+
+
+def _table_fields(table: RequestTable) -> dict[str, Any]:
+    return {
+        "closed_loop": table.closed_loop,
+        "shortest_think_s": table.think_s[table.parent >= 0].min() if table.closed_loop else 0.0,
+        "root_count": int((table.parent < 0).sum()),
+        "prefix_block_tokens": table.prefix_block_tokens,
+    }
+
+
+def _telemetry_fields(telemetry: Telemetry) -> dict[str, Any]:
+    period, lag = telemetry.period_s, telemetry.lag_s
+    return {
+        "telemetry_period_s": period,
+        "telemetry_lag_s": lag,
+        "telemetry_depth": 2 + int(np.ceil(lag / period)) if period > 0 else 1,
+    }

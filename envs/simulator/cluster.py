@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from servegym.baselines.heuristic import compiled_form
 from servegym.baselines.interface import (
     EnginePolicy,
     EngineViews,
@@ -26,15 +25,16 @@ from servegym.baselines.interface import (
     RequestView,
 )
 from servegym.envs.simulator.build import Memory
-from servegym.envs.simulator.compile import announce_compilation, engine_score, request_key
+from servegym.envs.simulator.compile import announce_compilation
 from servegym.envs.simulator.config import ClusterConfig
 from servegym.envs.simulator.engine_control import EngineControl
 from servegym.envs.simulator.experts.model import ExpertModel
 from servegym.envs.simulator.experts.replacement import Replacer
 from servegym.envs.simulator.frontend import common_frontend, delayed
 from servegym.envs.simulator.kernel.cluster import DISPATCH, DONE, HORIZON, ORDER, PLACEMENT, advance_to_decision
-from servegym.envs.simulator.kernel.state import NONE, ORDER_DYNAMIC, ORDER_STATIC
-from servegym.envs.simulator.python_policies import EngineChooser, queue_order, score_queue
+from servegym.envs.simulator.kernel.state import NONE
+from servegym.envs.simulator.policy_forms import PolicyForms
+from servegym.envs.simulator.python_policies import EngineChooser, score_queue
 from servegym.envs.simulator.random_faults import RandomFaults
 from servegym.envs.simulator.views import engine_views, queue_view, request_view
 from servegym.envs.workloads.table import RequestTable
@@ -92,30 +92,17 @@ class SimulatedCluster(EngineControl):
         self.replacers = [Replacer(group, self.environment) for group in self.experts.groups] if self.experts else []
         # Groups learn apart from each other; a policy with state of its own is copied for each.
         self.expert_policies = [copy.deepcopy(expert_policy) for _ in self.replacers]
-        order, key, key_params = queue_order(request_policy)
-        if tunable and order == ORDER_STATIC:
-            order = ORDER_DYNAMIC
         self._paused = False
-        form = compiled_form(engine_policy) if engine_policy is not None else None
         announce_compilation()
         self.memory = Memory(
             delayed(table, self.frontend),
             self.specs,
-            order=order,
+            PolicyForms.of(request_policy, engine_policy, tunable=tunable),
             telemetry=config.telemetry,
             router=config.router,
             lockstep=config.mode == "lockstep",
-            external_dispatch=form is None,
             log_events=self._chooser.log_events,
-            oracle=getattr(request_policy, "needs_oracle", False),
-            dispatch_oracle=getattr(engine_policy, "needs_oracle", False),
-            served_weights=getattr(request_policy, "served_weights", None),
-            budget_share=getattr(request_policy, "budget_share", None),
             record_totals=record_totals,
-            engine_params=form[1] if form else (),
-            request_params=key_params,
-            engine_score=engine_score(form[0] if form else None),
-            request_key=request_key(key),
             experts=self.experts,
             seed=seed,
             source=source,

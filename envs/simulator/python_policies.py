@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from servegym.baselines.heuristic import compiled_form
-from servegym.baselines.interface import EnginePolicy, FloatArray, RequestPolicy, pick
+from servegym.baselines.interface import EnginePolicy, RequestPolicy, pick
 from servegym.baselines.user_code import checked_scores
 from servegym.envs.simulator.build import Memory
-from servegym.envs.simulator.kernel.state import (
-    ORDER_DYNAMIC,
-    ORDER_EXTERNAL,
-    ORDER_FCFS,
-    ORDER_PICK,
-    ORDER_PRIORITY,
-    ORDER_STATIC,
-)
 from servegym.envs.simulator.views import engine_views, queue_view, request_view
-
-
-def queue_order(policy: RequestPolicy | None) -> tuple[int, Callable[..., float] | None, FloatArray]:
-    """Return which kind of queue the kernel needs for a request policy, its compiled key and the key's parameters."""
-    if policy is None:
-        return ORDER_PICK, None, np.zeros(0)
-    native = getattr(policy, "native", None)
-    if native is not None:
-        return (ORDER_PRIORITY if native == "priority" else ORDER_FCFS), None, np.zeros(0)
-    form = compiled_form(policy)
-    if form is None:
-        return ORDER_EXTERNAL, None, np.zeros(0)
-    return (ORDER_STATIC if getattr(policy, "static", False) else ORDER_DYNAMIC), *form
 
 
 def score_queue(policy: RequestPolicy, memory: Memory, engine: int) -> None:

@@ -14,6 +14,7 @@ from servegym.envs.simulator.build import Memory
 from servegym.envs.simulator.config import EngineSpec, Telemetry
 from servegym.envs.simulator.kernel import single
 from servegym.envs.simulator.kernel.state import ORDER_FCFS, ORDER_PRIORITY, STEP_STEADY
+from servegym.envs.simulator.policy_forms import PolicyForms
 from servegym.envs.workloads.table import RequestTable
 
 Token = Annotated[int, Field(ge=0)]
@@ -23,11 +24,11 @@ Positive = Annotated[int, Field(ge=1)]
 class ScheduleRequest(Config):
     """A request of a schedule spec."""
 
-    id: str
-    arrival_step: Annotated[int, Field(ge=0)] = 0
+    id: str = Field(description="unique name")
+    arrival_step: Annotated[int, Field(ge=0)] = Field(default=0, description="the step before which it joins, from 0")
     prompt: tuple[Token, ...] = Field(min_length=1, description="token ids")
-    output_len: Positive
-    priority: int = 0
+    output_len: Positive = Field(description="tokens that it generates")
+    priority: int = Field(default=0, description="smaller runs first, with policy priority")
     output: tuple[Token, ...] | None = Field(
         default=None, description="token ids that it generates; unique ones without"
     )
@@ -42,15 +43,17 @@ class ScheduleRequest(Config):
 class ScheduleSpec(Config):
     """Input of ``servegym schedule-trace``; names and meaning as in vLLM, ``num_blocks`` counts the null block."""
 
-    max_num_seqs: Positive
-    max_num_batched_tokens: Positive
-    num_blocks: Annotated[int, Field(ge=2)]
-    block_size: Positive
-    max_model_len: Annotated[int, Field(ge=2)]
-    policy: Literal["fcfs", "priority"] = "fcfs"
-    prefix_caching: bool = False
-    long_prefill_token_threshold: Annotated[int, Field(ge=0)] = 0
-    requests: tuple[ScheduleRequest, ...] = Field(min_length=1)
+    max_num_seqs: Positive = Field(description="largest running batch, requests")
+    max_num_batched_tokens: Positive = Field(description="token budget of a step")
+    num_blocks: Annotated[int, Field(ge=2)] = Field(description="KV blocks, the null block included")
+    block_size: Positive = Field(description="tokens per KV block")
+    max_model_len: Annotated[int, Field(ge=2)] = Field(description="longest prompt and output, tokens")
+    policy: Literal["fcfs", "priority"] = Field(default="fcfs", description="order of the waiting queue")
+    prefix_caching: bool = Field(default=False, description="share KV blocks of equal prefixes")
+    long_prefill_token_threshold: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="most tokens of a prefill chunk; 0: no limit"
+    )
+    requests: tuple[ScheduleRequest, ...] = Field(min_length=1, description="the requests")
 
     @model_validator(mode="after")
     def _requests_are_sound(self) -> Self:
@@ -133,13 +136,8 @@ def _memory(spec: ScheduleSpec, source: str) -> Memory:
         name="none", description="time does not matter", model="", hardware="", source="", engine=limits, step_time=cost
     )
     order = ORDER_PRIORITY if spec.policy == "priority" else ORDER_FCFS
-    memory = Memory(
-        table,
-        [EngineSpec(profile=profile)],
-        order=order,
-        telemetry=Telemetry(period_s=0),
-        source=source,
-    )
+    forms = PolicyForms(order=order)
+    memory = Memory(table, [EngineSpec(profile=profile)], forms, telemetry=Telemetry(period_s=0), source=source)
     # vLLM's priority queue breaks the last tie by request id, as a string.
     names = [request.id for request in requests]
     memory.requests["rank"][sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))

@@ -20,6 +20,8 @@ from servegym.envs.simulator.kernel.state import BATCH_SIZES, EXPERTS, WINDOW_BU
 
 # Tokens of each task from which loads and traffic of a placement are measured.
 _MEASURED_TOKENS = 512
+_PLACEMENT_MEASURES = ("share", "second", "arrive", "leave", "combine_arrive", "combine_leave")
+"""What ``measure_placement`` gives, in its order."""
 
 
 class ExpertGroup:
@@ -61,41 +63,6 @@ class ExpertGroup:
         self._tokens = [
             self._rng.permutation(np.flatnonzero(token_task == task))[:_MEASURED_TOKENS] for task in range(tasks)
         ]
-        sampled = config.mode == "sampled"
-        window = WINDOW_BUCKETS
-        shapes: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {
-            "slot_expert": ((layers, slots), np.int32),
-            "replicas": ((layers, experts), np.int32),
-            "expert_slots": ((layers, experts, 1 + config.redundant_experts), np.int32),
-            "share": ((layers, ranks, tasks), np.float64),
-            "second": ((layers, ranks, tasks), np.float64),
-            "arrive": ((layers, ranks, tasks), np.float64),
-            "leave": ((layers, ranks, tasks), np.float64),
-            "combine_arrive": ((layers, ranks, tasks), np.float64),
-            "combine_leave": ((layers, ranks, tasks), np.float64),
-            "active": ((layers, BATCH_SIZES, ranks), np.float64),
-            "active_excess": ((layers, BATCH_SIZES), np.float64),
-            "load_excess": ((layers, BATCH_SIZES), np.float64),
-            "step_tasks": ((tasks,), np.float64),
-            "source_tasks": ((engines, tasks), np.float64),
-            "slot_load": ((layers, slots), np.float64),
-            "traffic": ((4, layers, ranks), np.float64),
-            "touched": ((bank.top_k,), np.int64),
-            "bucket_steps": ((window,), np.int64),
-            "window": ((window, engines, tasks), np.float64),
-            "counts": ((window if sampled else 0, engines, layers, experts), np.float64),
-            "rank_load": ((ranks,), np.float64),
-        }
-        for name, (size, dtype) in shapes.items():
-            self._hold(name, np.zeros(size, dtype=dtype))
-        self._hold("popularity", self._popularity)
-        self._hold("mix", np.array(mix, dtype=np.float64))
-        self._hold("table_mix", np.array(mix, dtype=np.float64))
-        self._hold("bank", np.ascontiguousarray(bank.expert_ids))
-        self._hold("compute", costs.compute_s)
-        self._hold("exchange", costs.exchange_s)
-        replacement = config.replacement
-        first = replacement.first_steps
         fields = {
             "layers": layers,
             "experts": experts,
@@ -106,22 +73,18 @@ class ExpertGroup:
             "engines": engines,
             "first_engine": first_engine,
             "ranks_per_engine": ranks // engines,
-            "sampled": sampled,
-            "returning": config.traffic == "return",
-            "expert_s": costs.expert_s,
-            "compute_size": len(costs.compute_s),
-            "compute_scale": costs.compute_scale,
-            "exchange_size": len(costs.exchange_s),
-            "exchange_factor": 1.0,
-            "uniform_traffic": costs.uniform_traffic,
-            "most_replicas": 1 + config.redundant_experts,
             "bank_tokens": bank.tokens,
-            "chunk_sample": config.chunk_sample,
-            "bucket_steps": max(replacement.window_steps // window, 1),
-            "next_placement": first if first is not None else max(replacement.interval_steps // 4, 1),
         }
-        for name, value in fields.items():
+        for name, value in (fields | _config_fields(config) | _cost_fields(costs)).items():
             self.record[name] = value
+        for name, (size, dtype) in _array_shapes(self.record[0]).items():
+            self._hold(name, np.zeros(size, dtype=dtype))
+        self._hold("popularity", self._popularity)
+        self._hold("mix", np.array(mix, dtype=np.float64))
+        self._hold("table_mix", np.array(mix, dtype=np.float64))
+        self._hold("bank", np.ascontiguousarray(bank.expert_ids))
+        self._hold("compute", costs.compute_s)
+        self._hold("exchange", costs.exchange_s)
         self.set_layers(np.arange(layers), self.placement.physical_to_logical)
 
     def _hold(self, name: str, array: npt.NDArray[Any]) -> None:
@@ -149,9 +112,8 @@ class ExpertGroup:
             place = np.arange(len(row)) - np.searchsorted(row[order], row[order])
             slots[layer, row[order], place] = order
         returning = bool(self.record["returning"][0])
-        names = ("share", "second", "arrive", "leave", "combine_arrive", "combine_leave")
         for task, tokens in enumerate(self._tokens):
-            out = np.zeros((len(layers), self.ranks, len(names)))
+            out = np.zeros((len(layers), self.ranks, len(_PLACEMENT_MEASURES)))
             measure_placement(
                 arrays["bank"],
                 tokens,
@@ -163,7 +125,7 @@ class ExpertGroup:
                 layers,
                 out,
             )
-            for i, name in enumerate(names):
+            for i, name in enumerate(_PLACEMENT_MEASURES):
                 arrays[name][layers, :, task] = out[..., i]
         # Loads from all tokens of the bank; traffic and variance from the sample.
         weight = self._popularity[:, layers[:, None], physical_to_logical] / np.take_along_axis(
@@ -255,3 +217,54 @@ class ExpertGroup:
 def new_groups(count: int) -> npt.NDArray[Any]:
     """Return the table of ``count`` groups."""
     return np.zeros(count, dtype=EXPERTS)
+
+
+def _config_fields(config: ExpertsConfig) -> dict[str, Any]:
+    """Fields of the EXPERTS record that follow from the config."""
+    replacement = config.replacement
+    first = replacement.first_steps
+    return {
+        "sampled": config.mode == "sampled",
+        "returning": config.traffic == "return",
+        "most_replicas": 1 + config.redundant_experts,
+        "chunk_sample": config.chunk_sample,
+        "bucket_steps": max(replacement.window_steps // WINDOW_BUCKETS, 1),
+        "next_placement": first if first is not None else max(replacement.interval_steps // 4, 1),
+    }
+
+
+def _cost_fields(costs: ExpertCosts) -> dict[str, Any]:
+    """Fields of the EXPERTS record that follow from the costs."""
+    return {
+        "expert_s": costs.expert_s,
+        "compute_size": len(costs.compute_s),
+        "compute_scale": costs.compute_scale,
+        "exchange_size": len(costs.exchange_s),
+        "exchange_factor": 1.0,
+        "uniform_traffic": costs.uniform_traffic,
+    }
+
+
+def _array_shapes(record: Any) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:
+    """Shape and type of the arrays that begin as zeros, by name, for an EXPERTS record with its sizes set."""
+    layers, experts, slots, ranks, tasks, engines = (
+        int(record[name]) for name in ("layers", "experts", "slots", "ranks", "tasks", "engines")
+    )
+    by_task = dict.fromkeys(_PLACEMENT_MEASURES, ((layers, ranks, tasks), np.float64))
+    return by_task | {
+        "slot_expert": ((layers, slots), np.int32),
+        "replicas": ((layers, experts), np.int32),
+        "expert_slots": ((layers, experts, int(record["most_replicas"])), np.int32),
+        "active": ((layers, BATCH_SIZES, ranks), np.float64),
+        "active_excess": ((layers, BATCH_SIZES), np.float64),
+        "load_excess": ((layers, BATCH_SIZES), np.float64),
+        "step_tasks": ((tasks,), np.float64),
+        "source_tasks": ((engines, tasks), np.float64),
+        "slot_load": ((layers, slots), np.float64),
+        "traffic": ((4, layers, ranks), np.float64),
+        "touched": ((int(record["top_k"]),), np.int64),
+        "bucket_steps": ((WINDOW_BUCKETS,), np.int64),
+        "window": ((WINDOW_BUCKETS, engines, tasks), np.float64),
+        "counts": ((WINDOW_BUCKETS if record["sampled"] else 0, engines, layers, experts), np.float64),
+        "rank_load": ((ranks,), np.float64),
+    }
