@@ -85,7 +85,7 @@ def _bundle(name: str, folder: Path) -> dict[str, Any]:
 
 def _parameters(model: type[Config]) -> list[dict[str, Any]]:
     return [
-        {"name": name, "default": _plain(info), "meaning": info.description or _first_line(info.annotation)}
+        {"name": name, "default": _plain(info), "meaning": info.description or ""}
         for name, info in model.model_fields.items()
     ]
 
@@ -96,12 +96,6 @@ def _plain(info: FieldInfo) -> str | int | float | None:
     if isinstance(default, PolicySpec):
         return str(default)
     return default if isinstance(default, str | int | float) else None
-
-
-def _first_line(annotation: Any) -> str:
-    """What a field is, by its class, where it has no description of its own."""
-    known = isinstance(annotation, type) and issubclass(annotation, Config)
-    return (inspect.getdoc(annotation) or "").partition("\n")[0] if known else ""
 
 
 def _described(name: str, content: dict[str, Any]) -> dict[str, Any]:

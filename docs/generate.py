@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 import typer.main
@@ -162,9 +162,14 @@ def _fields(model: type[BaseModel]) -> str:
     for name, field in model.model_fields.items():
         inner = dict.fromkeys(_models(field.annotation))
         sections = ", ".join(f"[{one.__name__}](#{one.__name__.lower()})" for one in inner)
-        meaning = "; ".join(filter(None, (field.description or "", sections)))
+        meaning = "; ".join(filter(None, (field.description or _tag(field.annotation), sections)))
         rows.append((f"`{name}`", _default(field.get_default(call_default_factory=True)), meaning))
     return _table(("key", "default", "meaning"), rows)
+
+
+def _tag(annotation: Any) -> str:
+    """The one value of a key that says which class is meant."""
+    return f"`{get_args(annotation)[0]}`" if get_origin(annotation) is Literal else ""
 
 
 def _default(value: Any) -> str:

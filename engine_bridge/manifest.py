@@ -25,9 +25,9 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Widths(Config):
     """Sizes that fix the shape of every weight; none depends on the number of candidates."""
 
-    item_features: Size
-    context_features: Size
-    hidden: Size
+    item_features: Size = Field(description="features of a candidate")
+    context_features: Size = Field(description="features that the candidates share")
+    hidden: Size = Field(description="units of each hidden layer")
 
 
 class Provenance(Config):
@@ -35,9 +35,9 @@ class Provenance(Config):
 
     run: str = Field(description="name of the training run")
     config_sha256: Sha256 = Field(description="of the training config, all values resolved")
-    seed: int
+    seed: int = Field(description="of the training run")
     steps: Annotated[int, Field(ge=0)] = Field(description="decisions trained on")
-    environment: str
+    environment: str = Field(description="id of the environment that it was trained in")
     evaluation: dict[str, float] = Field(
         default_factory=dict, description="means over the held-out seeds of the evaluation that chose these weights"
     )
@@ -50,8 +50,8 @@ class GoldenPair(Config):
     changed runtime.
     """
 
-    context: dict[str, float]
-    items: dict[str, tuple[float, ...]]
+    context: dict[str, float] = Field(description="values of what the candidates share, by column")
+    items: dict[str, tuple[float, ...]] = Field(description="values of the candidates, by column")
     logits: tuple[float | None, ...] = Field(description="null at candidates that may not be chosen")
 
     def views(self, decisions: Decisions) -> tuple[FloatArray, FloatArray]:
@@ -65,10 +65,10 @@ class GoldenPair(Config):
 class Manifest(Config):
     """Contents of ``policy.json``, in order."""
 
-    schema_version: Literal[2]
-    layer: Literal["engine", "request", "expert"]
+    schema_version: Literal[2] = Field(description="of this file")
+    layer: Literal["engine", "request", "expert"] = Field(description="whose decisions the policy makes")
     architecture: Literal["set_scorer", "index_scorer"] = Field(description="a formula of servegym.agents.networks")
-    widths: Widths
+    widths: Widths = Field(description="sizes of the network")
     item_features: tuple[str, ...] = Field(
         description="of a candidate, in the order of the weights, among those of servegym.engine_bridge.decisions"
     )
@@ -79,10 +79,12 @@ class Manifest(Config):
         default=None, description="of an engine's token budget, that a request policy lets a step use; null: all of it"
     )
     normalisation: None = Field(description="none: the features have fixed scales")
-    training: Provenance
+    training: Provenance = Field(description="where the weights come from")
     packages: dict[str, str] = Field(description="versions that the policy was trained with")
     weights_sha256: Sha256 = Field(description="of policy.safetensors")
-    golden: Annotated[tuple[GoldenPair, ...], Field(min_length=GOLDEN_PAIRS, max_length=GOLDEN_PAIRS)]
+    golden: Annotated[tuple[GoldenPair, ...], Field(min_length=GOLDEN_PAIRS, max_length=GOLDEN_PAIRS)] = Field(
+        description="decisions with the right answers, checked before the policy serves"
+    )
 
     @cached_property
     def decisions(self) -> Decisions:

@@ -26,8 +26,8 @@ class EngineDispatchConfig(EpisodeConfig):
     max_engines: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="slots of the observation; default: the largest cluster"
     )
-    request_policy: PolicySpec = PolicySpec(name="fcfs")
-    expert_policy: PolicySpec = PolicySpec(name="linear")
+    request_policy: PolicySpec = Field(default=PolicySpec(name="fcfs"), description="order of the waiting queues")
+    expert_policy: PolicySpec = Field(default=PolicySpec(name="linear"), description="placement of the experts")
     reference: PolicySpec | None = Field(
         default=None, description="engine policy whose integrals on the same requests are subtracted from the reward"
     )

@@ -39,18 +39,20 @@ class EpisodeConfig(Config):
 
     backend: Literal["sim", "live"] = Field(default="sim", description="the simulator, or live engines in real time")
     live: LiveOptions | None = Field(default=None, description="the live engines; in place of cluster")
-    cluster: ClusterConfig = ClusterConfig()
-    workload: WorkloadChoice = WorkloadChoice(name="azure-conv", load=0.8)
+    cluster: ClusterConfig = Field(default=ClusterConfig(), description="the simulated cluster")
+    workload: WorkloadChoice = Field(
+        default=WorkloadChoice(name="azure-conv", load=0.8), description="the requests of an episode"
+    )
     scenarios: dict[str, Scenario] = Field(
         default_factory=dict, description="one of these is drawn for each episode, in place of the workload"
     )
-    randomise: Randomisation = Randomisation()
+    randomise: Randomisation = Field(default=Randomisation(), description="what is drawn anew for each episode")
     load: Sampled | None = Field(default=None, description="load per episode, overrides the workload's")
     episode_requests: Annotated[int, Field(ge=1)] = Field(
         default=1000, description="requests of an episode, but where a scenario's workload says how many"
     )
     random_end: bool = Field(default=False, description="geometric number of requests with that mean, a memoryless end")
-    reward: RewardConfig = RewardConfig()
+    reward: RewardConfig = Field(default=RewardConfig(), description="weights of the parts of the reward")
 
     @model_validator(mode="after")
     def _what_the_reward_needs_is_there(self) -> Self:

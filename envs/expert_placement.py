@@ -37,11 +37,13 @@ class ExpertPlacementConfig(EpisodeConfig):
     """Arguments of :class:`ExpertPlacementEnv`."""
 
     cluster: ClusterConfig = Field(default=CLUSTER, description="with an expert model")
-    workload: WorkloadChoice = WorkloadChoice(name="azure-conv", load=0.7)
+    workload: WorkloadChoice = Field(
+        default=WorkloadChoice(name="azure-conv", load=0.7), description="the requests of an episode"
+    )
     episode_requests: Annotated[int, Field(ge=1)] = Field(default=4000, description="requests of an episode")
     menu: tuple[PolicySpec, ...] = Field(default=MENU, min_length=1, description="rules to choose from, beside keeping")
-    request_policy: PolicySpec = PolicySpec(name="fcfs")
-    engine_policy: PolicySpec = PolicySpec(name="round_robin")
+    request_policy: PolicySpec = Field(default=PolicySpec(name="fcfs"), description="order of the waiting queues")
+    engine_policy: PolicySpec = Field(default=PolicySpec(name="round_robin"), description="choice of engines")
     reference: PolicySpec | None = Field(
         default=None, description="expert policy whose integrals on the same requests are subtracted from the reward"
     )

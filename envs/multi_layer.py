@@ -31,7 +31,9 @@ class MultiLayerConfig(EngineDispatchConfig):
 
     cluster: ClusterConfig = Field(default=CLUSTER, description="with an expert model")
     request_policy: PolicySpec = Field(default=PolicySpec(name="priority"), description="must heed priorities")
-    expert_policy: PolicySpec = PolicySpec(name="eplb")
+    expert_policy: PolicySpec = Field(
+        default=PolicySpec(name="eplb"), description="placement of the experts in the reference run"
+    )
     priorities: Annotated[int, Field(ge=1, le=16)] = Field(default=3, description="priority classes; 0 goes first")
     menu: tuple[PolicySpec, ...] = Field(default=MENU, min_length=1, description="placement rules, beside keeping")
 

@@ -33,7 +33,9 @@ class Randomisation(Config):
     step_terms: Sampled | None = Field(
         default=None, description="factor on each term of the profile's step time, drawn apart: another hardware"
     )
-    telemetry_lag_s: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
+    telemetry_lag_s: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = Field(
+        default=None, description="range of the delay from engine to router, seconds"
+    )
     prompt_scale: Sampled | None = Field(default=None, description="factor on the prompt tokens of all requests")
     output_scale: Sampled | None = Field(default=None, description="factor on the output tokens of all requests")
 

@@ -27,11 +27,13 @@ CLUSTER = ClusterConfig(engines=1, engine={"max_num_batched_tokens": 2048})
 class RequestOrderingConfig(EpisodeConfig):
     """Arguments of :class:`RequestOrderingEnv`."""
 
-    cluster: ClusterConfig = CLUSTER
-    workload: WorkloadChoice = WorkloadChoice(name="azure-conv", load=0.95)
+    cluster: ClusterConfig = Field(default=CLUSTER, description="the simulated cluster")
+    workload: WorkloadChoice = Field(
+        default=WorkloadChoice(name="azure-conv", load=0.95), description="the requests of an episode"
+    )
     window: Annotated[int, Field(ge=2)] = Field(default=32, description="waiting requests that the agent sees")
-    engine_policy: PolicySpec = PolicySpec(name="round_robin")
-    expert_policy: PolicySpec = PolicySpec(name="linear")
+    engine_policy: PolicySpec = Field(default=PolicySpec(name="round_robin"), description="choice of engines")
+    expert_policy: PolicySpec = Field(default=PolicySpec(name="linear"), description="placement of the experts")
     reference: PolicySpec | None = Field(
         default=None, description="request policy whose integrals on the same requests are subtracted from the reward"
     )

@@ -43,8 +43,10 @@ _SPREAD = 30.0
 class RequestTuningConfig(EpisodeConfig):
     """Arguments of :class:`RequestTuningEnv`."""
 
-    cluster: ClusterConfig = CLUSTER
-    workload: WorkloadChoice = WorkloadChoice(name="azure-conv", load=0.95)
+    cluster: ClusterConfig = Field(default=CLUSTER, description="the simulated cluster")
+    workload: WorkloadChoice = Field(
+        default=WorkloadChoice(name="azure-conv", load=0.95), description="the requests of an episode"
+    )
     interval_s: Positive = Field(default=0.1, description="time between two decisions")
     policy: PolicySpec = Field(
         default=PolicySpec(name="spf_aging"), description="request policy with numeric parameters and a compiled form"
@@ -55,8 +57,8 @@ class RequestTuningConfig(EpisodeConfig):
     max_engines: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="rows of the observation; default: the largest cluster"
     )
-    engine_policy: PolicySpec = PolicySpec(name="round_robin")
-    expert_policy: PolicySpec = PolicySpec(name="linear")
+    engine_policy: PolicySpec = Field(default=PolicySpec(name="round_robin"), description="choice of engines")
+    expert_policy: PolicySpec = Field(default=PolicySpec(name="linear"), description="placement of the experts")
 
 
 class RequestTuningEnv(ServingEnv[npt.NDArray[np.float32]]):

@@ -52,7 +52,9 @@ class RewardConfig(Config):
         description="weight of summed TTFT beyond tail_s, over 1 - tail_quantile, per second: CVaR of TTFT where tail_s"
         " is its quantile",
     )
-    tail_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    tail_quantile: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.95, description="quantile of TTFT at which the tail begins"
+    )
     tail_s: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="where the tail begins; default: at the quantile of the reference's TTFT"
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Scenario(Config):
     """A workload and the cluster that serves it."""
 
-    workload: WorkloadChoice
+    workload: WorkloadChoice = Field(description="the requests; their own load or rate_rps is not used")
     cluster: dict[str, Any] = Field(default_factory=dict, description="changes to the common cluster, by key")
 
     def on(self, cluster: ClusterConfig, label: str) -> ClusterConfig:

@@ -25,9 +25,9 @@ Positive = Annotated[float, Field(gt=0)]
 class Policies(Config):
     """The policies of the three layers."""
 
-    request: PolicySpec = PolicySpec(name="fcfs")
-    engine: PolicySpec = PolicySpec(name="round_robin")
-    expert: PolicySpec = PolicySpec(name="linear")
+    request: PolicySpec = Field(default=PolicySpec(name="fcfs"), description="order of the waiting queues")
+    engine: PolicySpec = Field(default=PolicySpec(name="round_robin"), description="choice of engines")
+    expert: PolicySpec = Field(default=PolicySpec(name="linear"), description="placement of the experts")
 
     @model_validator(mode="after")
     def _exist(self) -> Self:
@@ -46,24 +46,24 @@ class Policies(Config):
 class Objectives(Config):
     """Service level objectives that goodput counts; a request's own deadline replaces ``ttft_s``."""
 
-    ttft_s: Positive = 1.0
-    tpot_s: Positive = 0.05
+    ttft_s: Positive = Field(default=1.0, description="time to first token at most, seconds")
+    tpot_s: Positive = Field(default=0.05, description="time per output token at most, seconds")
 
 
 class SimulationConfig(Config):
     """Input of ``servegym simulate``."""
 
-    cluster: ClusterConfig = ClusterConfig()
-    workload: WorkloadChoice
-    policies: Policies = Policies()
-    slo: Objectives = Objectives()
+    cluster: ClusterConfig = Field(default=ClusterConfig(), description="the simulated cluster")
+    workload: WorkloadChoice = Field(description="the requests")
+    policies: Policies = Field(default=Policies(), description="of the three layers")
+    slo: Objectives = Field(default=Objectives(), description="what goodput counts as met")
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="share of the first arrivals that the metrics leave out, while the cluster fills"
     )
     timeline_s: Positive | None = Field(
         default=None, description="also report queues, KV use, latencies and experts in intervals of this length"
     )
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of the requests and of randomised policies")
 
 
 @dataclass(frozen=True, slots=True)

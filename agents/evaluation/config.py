@@ -47,8 +47,8 @@ class Condition:
 class EvaluationConfig(Config):
     """Input of ``servegym evaluate``: each policy meets the same requests in each cell (workload, load, seed)."""
 
-    name: str = "evaluation"
-    cluster: ClusterConfig = ClusterConfig()
+    name: str = Field(default="evaluation", description="names the evaluation in reports")
+    cluster: ClusterConfig = Field(default=ClusterConfig(), description="the simulated cluster")
     live: LiveOptions | None = Field(default=None, description="engines that run, in place of the simulated cluster")
     workloads: tuple[WorkloadChoice, ...] = Field(default=(), description="their own load or rate_rps is not used")
     scenarios: dict[str, Scenario] = Field(default_factory=dict, description="in place of workloads, by label")
@@ -66,8 +66,10 @@ class EvaluationConfig(Config):
     seeds: Annotated[int, Field(ge=1)] | tuple[Seed, ...] = Field(default=5, description="how many, or which")
     policies: dict[str, Policies] = Field(min_length=1, description="label -> policies of the three layers")
     baseline: str = Field(description="label of the policy that the others are compared with")
-    slo: Objectives = Objectives()
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    slo: Objectives = Field(default=Objectives(), description="what goodput counts as met")
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="share of the first arrivals that the metrics leave out, while the cluster fills"
+    )
     published: tuple[PublishedFigure, ...] = Field(default=(), description="figures to compare the result with")
     # Left out of the hash, and of all that is written down: it makes no difference to the result.
     backend: BackendConfig = Field(default=BackendConfig(), exclude=True, description="where cells run")

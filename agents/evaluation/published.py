@@ -28,8 +28,11 @@ class PublishedFigure(Config):
     """One figure of a paper: how much lower a metric is than the baseline's, in the mean over its workloads."""
 
     policy: str = Field(description="label of the policy that stands for the paper's")
-    metric: Metric
-    statistic: Literal["mean_reduction_percent"] = "mean_reduction_percent"
+    metric: Metric = Field(description="metric of the evaluation that the figure is about")
+    statistic: Literal["mean_reduction_percent"] = Field(
+        default="mean_reduction_percent",
+        description="what value is: the reduction against the baseline, averaged over workloads, percent",
+    )
     value: float = Field(description="percent; negative: the metric rises")
     source: str = Field(description="where it is published")
     note: str = Field(default="", description="what differs from the paper's set-up")

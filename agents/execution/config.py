@@ -15,7 +15,9 @@ _RAY_ADDRESS = re.compile(r"auto|[^\s/:]+:\d{1,5}")
 class BackendConfig(Config):
     """Where the units of an evaluation, of tuning or of training run. The results do not depend on it."""
 
-    name: Literal["local", "ray", "slurm"] = "local"
+    name: Literal["local", "ray", "slurm"] = Field(
+        default="local", description="local: processes of this machine; ray: a Ray cluster; slurm: Slurm jobs"
+    )
     workers: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="units at a time; default: one per core of the machine or the cluster, 8 Slurm jobs"
     )

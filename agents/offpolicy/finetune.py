@@ -57,10 +57,12 @@ class FinetuneConfig(Config):
         default=0.05, description="weight of the divergence from the bundle before, nats"
     )
     most_weight: Positive = Field(default=10.0, description="clip of the ratio of probabilities")
-    epochs: Annotated[int, Field(ge=1)] = 60
-    batch_size: Annotated[int, Field(ge=1)] = 512
-    learning_rate: Positive = 1e-3
-    seed: Annotated[int, Field(ge=0)] = 0
+    epochs: Annotated[int, Field(ge=1)] = Field(
+        default=60, description="passes over the part of the log that is learned from"
+    )
+    batch_size: Annotated[int, Field(ge=1)] = Field(default=512, description="logged decisions per gradient step")
+    learning_rate: Positive = Field(default=1e-3, description="step size of Adam")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of the order of the batches")
 
     @field_validator("objective")
     @classmethod

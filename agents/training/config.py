@@ -29,19 +29,21 @@ class AlgorithmConfig(Config):
     ten times as many steps per second as the libraries' defaults.
     """
 
-    name: Literal["MaskablePPO", "PPO"] = "MaskablePPO"
+    name: Literal["MaskablePPO", "PPO"] = Field(
+        default="MaskablePPO", description="MaskablePPO never considers what is not allowed; PPO learns to avoid it"
+    )
     n_envs: Count = Field(default=64, description="environments that are stepped together, in one process")
     n_steps: Count = Field(default=128, description="steps of each environment between updates")
     batch_size: Count = Field(default=1024, description="minibatch of an update")
     n_epochs: Count = Field(default=4, description="passes over the collected steps")
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = Field(default=1e-3, description="step size of the optimiser at the first update")
     learning_rate_schedule: Literal["constant", "linear"] = Field(
         default="linear", description="linear: falls to zero at the last step"
     )
-    clip_range: Positive = 0.2
+    clip_range: Positive = Field(default=0.2, description="PPO's bound on the change of a probability, as a ratio")
     ent_coef: NonNegative = Field(default=0.0, description="weight of the entropy bonus")
     vf_coef: NonNegative = Field(default=0.5, description="weight of the value error")
-    max_grad_norm: Positive = 0.5
+    max_grad_norm: Positive = Field(default=0.5, description="gradients are scaled down to this norm")
     gae_lambda: Fraction = Field(default=0.95, description="decay of the advantage's traces, per decision")
     discount_rate_per_s: NonNegative = Field(
         default=0.1,
@@ -77,7 +79,7 @@ class AlgorithmConfig(Config):
 class Phase(Config):
     """A part of a search: the layers whose weights it tunes together; those of the others stay."""
 
-    layers: tuple[Level, ...] = Field(min_length=1)
+    layers: tuple[Level, ...] = Field(min_length=1, description="whose weights are tuned")
     steps: Count | None = Field(default=None, description="decisions; default: to the end, for the last phase only")
 
 
@@ -136,7 +138,7 @@ class NetworkConfig(Config):
 class EvaluationConfig(Config):
     """Evaluations during training, with the most probable action, on seeds that training never draws."""
 
-    every_steps: Count = 100_000
+    every_steps: Count = Field(default=100_000, description="decisions between two evaluations")
     episodes: Count = Field(default=8, description="held-out seeds: the same in every evaluation")
     first_seed: Annotated[int, Field(ge=0)] = Field(
         default=10_000, description="reports use small seeds; a policy must not be chosen on those it is judged on"
@@ -162,16 +164,18 @@ class TrainConfig(Config):
     """One training run: same config, same result, bit for bit on one machine."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="of the run; its folder is runs/NAME/TIMESTAMP")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="of the episodes, the first weights and the exploration"
+    )
     total_steps: Count = Field(description="decisions; rounded up to whole rollouts of n_envs * n_steps")
-    checkpoint_every_steps: Count = 250_000
+    checkpoint_every_steps: Count = Field(default=250_000, description="decisions between two states to resume from")
     torch_threads: Count = Field(
         default=1, description="more rarely helps networks this small, and hurts on shared cores"
     )
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: AlgorithmConfig = Field(default=AlgorithmConfig(), description="how the policy learns")
     evolution: EvolutionConfig | None = Field(default=None, description="CMA-ES, in place of `algorithm`")
-    network: NetworkConfig = NetworkConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    network: NetworkConfig = Field(default=NetworkConfig(), description="the policy network")
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="how the best policy is found")
     environment: TaskName = Field(default="EngineDispatch-v0", description="what is trained")
     env: SerializeAsAny[EpisodeConfig] = Field(
         default=cast(EpisodeConfig, {}), description="arguments of that environment"

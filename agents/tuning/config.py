@@ -20,10 +20,10 @@ Metric = Literal["ttft_s", "ttft_p99_s", "tpot_s", "e2e_s"]
 class Range(Config):
     """Numbers from ``low`` to ``high``, both included."""
 
-    low: float
-    high: float
+    low: float = Field(description="smallest value")
+    high: float = Field(description="largest value")
     log: bool = Field(default=False, description="uniform in the logarithm")
-    integer: bool = False
+    integer: bool = Field(default=False, description="whole numbers only")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -42,7 +42,7 @@ class Range(Config):
 class Choice(Config):
     """One of several values."""
 
-    choices: tuple[bool | int | float | str, ...] = Field(min_length=2)
+    choices: tuple[bool | int | float | str, ...] = Field(min_length=2, description="the values")
 
     @property
     def example(self) -> bool | int | float | str:
@@ -121,7 +121,7 @@ class TuneConfig(Config):
         description="the highest mean ratio to the baseline that a metric may have; what is beyond it counts ten times",
     )
     trials: Annotated[int, Field(ge=1)] = Field(default=30, description="of each contestant")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of the search")
     contestants: dict[str, Contestant] = Field(min_length=1, description="by label")
     backend: BackendConfig = Field(
         default=BackendConfig(), exclude=True, description="where cells and training runs of a trial run"

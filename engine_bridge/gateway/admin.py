@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from aiohttp import web
+from pydantic import Field
 
 from servegym.baselines.interface import E_INFLIGHT, E_KV_USAGE, E_PREFILL_TOKENS, E_RUNNING, E_WAITING
 from servegym.baselines.policy_spec import PolicySpec
@@ -22,16 +23,18 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class SwapRequest(Config):
     """Another policy, mode or share."""
 
-    policy: PolicySpec | None = None
-    mode: Mode | None = None
-    percent: Percent | None = None
+    policy: PolicySpec | None = Field(
+        default=None, description="the new engine policy or bundle; null: the present one"
+    )
+    mode: Mode | None = Field(default=None, description="the new mode; null: the present one")
+    percent: Percent | None = Field(default=None, description="of sessions that a canary serves; null: as before")
 
 
 class DrainRequest(Config):
     """An engine that is to get nothing new, or to get requests again."""
 
-    engine: str
-    drain: bool = True
+    engine: str = Field(description="its address, HOST:PORT or a URL")
+    drain: bool = Field(default=True, description="true: no new requests; false: requests again")
 
 
 class Admin:

@@ -38,8 +38,8 @@ class AdmissionLimits(Config):
 class Tls(Config):
     """A certificate and its key, PEM files."""
 
-    certificate: Path
-    key: Path
+    certificate: Path = Field(description="certificate chain, PEM")
+    key: Path = Field(description="private key, PEM")
 
 
 class DeployConfig(Config):
@@ -79,9 +79,11 @@ class DeployConfig(Config):
     token_counts: bool = Field(
         default=True, description="read usage from streams, in Envoy (sse_to_metadata, which Envoy calls unfinished)"
     )
-    limits: AdmissionLimits = Field(default_factory=AdmissionLimits)
+    limits: AdmissionLimits = Field(default_factory=AdmissionLimits, description="what is turned away")
     engine: EngineLimits = Field(default_factory=EngineLimits, description="constants of an engine that policies read")
-    prefix: PrefixIndexConfig = Field(default_factory=PrefixIndexConfig)
+    prefix: PrefixIndexConfig = Field(
+        default_factory=PrefixIndexConfig, description="index of the prompts that each engine has seen"
+    )
     chars_per_token: Positive = Field(default=4.0, description="of text, until usage has told better")
     log: Path | None = Field(default=None, description="decision log, .jsonl; default: decisions.jsonl in the folder")
     log_observations: bool = Field(default=False, description="with what the policy saw, for learning from the log")

@@ -58,9 +58,9 @@ _UNKNOWN = [E_TRUE_PREFILL_TOKENS, E_TRUE_OUTPUT_TOKENS]
 class EngineLimits(Config):
     """Constants of an engine that policies read; vLLM's settings, and two calibrated rates."""
 
-    max_num_seqs: Annotated[int, Field(ge=1)] = 256
+    max_num_seqs: Annotated[int, Field(ge=1)] = Field(default=256, description="largest running batch, requests")
     kv_tokens: Annotated[float, Field(gt=0)] = Field(default=500_000.0, description="KV cache capacity, tokens")
-    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 8192
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = Field(default=8192, description="token budget of a step")
     prefill_tokens_per_s: Annotated[float, Field(gt=0)] = Field(default=10_000.0, description="measured, tokens/s")
     decode_step_s: Annotated[float, Field(gt=0)] = Field(default=0.01, description="measured, one request, seconds")
 

@@ -33,11 +33,11 @@ class ReplayConfig(LiveOptions):
     """Input of ``servegym replay``."""
 
     workload: WorkloadChoice = Field(description="with rate_rps, or a trace; live engines have no known capacity")
-    slo: Objectives = Objectives()
+    slo: Objectives = Field(default=Objectives(), description="what goodput counts as met")
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="share of the first requests that is not counted"
     )
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of the requests and their prompts")
 
     @model_validator(mode="after")
     def _has_a_rate(self) -> Self:

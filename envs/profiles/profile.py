@@ -129,10 +129,10 @@ class Frontend(Config):
 class StepFactors(Config):
     """Factors on the terms of a step time, to ask what a part of the hardware contributes."""
 
-    fixed: Positive = 1.0
-    dense: Positive = 1.0
-    moe: Positive = 1.0
-    communication: Positive = 1.0
+    fixed: Positive = Field(default=1.0, description="on the cost of every step")
+    dense: Positive = Field(default=1.0, description="on dense layers")
+    moe: Positive = Field(default=1.0, description="on MoE layers")
+    communication: Positive = Field(default=1.0, description="on all-to-all and all-reduce")
     attention: Positive = Field(default=1.0, description="of prefill and of decode")
 
     def times(self, other: StepFactors) -> StepFactors:
@@ -184,10 +184,10 @@ class ExpertShape(Config):
 class Profile(Config):
     """One model on one hardware. Units are in the names; ``source`` says what is measured and what is modelled."""
 
-    name: str
-    description: str
-    model: str
-    hardware: str
+    name: str = Field(description="of the profile")
+    description: str = Field(description="what it is, in one line")
+    model: str = Field(description="the model, as OWNER/NAME")
+    hardware: str = Field(description="the GPU or CPU")
     source: str = Field(description="where the numbers come from: what is measured, what is modelled")
     engine: EngineLimits = Field(description="Limits of the engine, named as in vLLM.")
     step_time: StepTime = Field(description="Terms of the duration of a step, microseconds.")

@@ -46,8 +46,8 @@ class RouterConfig(Config):
 class Fault(Config):
     """A change of one engine at a point in time."""
 
-    at_s: NonNegative
-    engine: Annotated[int, Field(ge=0)]
+    at_s: NonNegative = Field(description="time from the start of the run, seconds")
+    engine: Annotated[int, Field(ge=0)] = Field(description="number of the engine, from 0")
     kind: Literal["die", "recover", "hang", "resume", "slow", "mute", "unmute", "leave", "join"] = Field(
         description=(
             "die: lose all requests, which are dispatched again; recover: come back empty; hang/resume: stop and go on"
@@ -86,8 +86,8 @@ class RandomFault(Config):
 class EngineGroup(Config):
     """Engines of one kind."""
 
-    count: Annotated[int, Field(ge=1)] = 1
-    profile: str
+    count: Annotated[int, Field(ge=1)] = Field(default=1, description="number of engines")
+    profile: str = Field(description="their step times and limits: a shipped profile, or a file")
     engine: dict[str, Any] = Field(default_factory=dict, description="overrides of the profile's engine limits")
     slowdown: Positive = Field(default=1.0, description="factor on step times")
     step_factors: StepFactors = Field(default=StepFactors(), description="factors on the terms of the step time")
@@ -96,11 +96,15 @@ class EngineGroup(Config):
 class ClusterConfig(Config):
     """A cluster: either ``engines`` equal ones of one ``profile``, or ``groups`` of different ones."""
 
-    engines: Annotated[int, Field(ge=1)] = 4
-    profile: str = "qwen3-30b-a3b-h200"
+    engines: Annotated[int, Field(ge=1)] = Field(default=4, description="number of engines, where there are no groups")
+    profile: str = Field(
+        default="qwen3-30b-a3b-h200", description="their step times and limits: a shipped profile, or a file"
+    )
     engine: dict[str, Any] = Field(default_factory=dict, description="overrides of the profile's engine limits")
     step_factors: StepFactors = Field(default=StepFactors(), description="factors on the terms of the step time")
-    groups: tuple[EngineGroup, ...] = ()
+    groups: tuple[EngineGroup, ...] = Field(
+        default=(), description="different kinds of engines, in place of engines, profile and engine"
+    )
     mode: Literal["independent", "lockstep"] = Field(
         default="independent",
         description="lockstep: data parallel + expert parallel, all ranks take each step together",
@@ -111,9 +115,9 @@ class ClusterConfig(Config):
     experts: ExpertsConfig | None = Field(
         default=None, description="model of unequal experts, in place of moe_imbalance; default: balanced ones"
     )
-    telemetry: Telemetry = Telemetry()
-    router: RouterConfig = RouterConfig()
-    faults: tuple[Fault, ...] = ()
+    telemetry: Telemetry = Field(default=Telemetry(), description="how often engines report, and how late")
+    router: RouterConfig = Field(default=RouterConfig(), description="what the router remembers")
+    faults: tuple[Fault, ...] = Field(default=(), description="faults at given times")
     random_faults: tuple[RandomFault, ...] = Field(default=(), description="faults as a random process")
 
     @model_validator(mode="after")
@@ -162,8 +166,8 @@ class ClusterConfig(Config):
 class EngineSpec(Config):
     """One engine, resolved: overrides are part of the profile."""
 
-    profile: Profile
-    slowdown: float = 1.0
+    profile: Profile = Field(description="step times and limits")
+    slowdown: float = Field(default=1.0, description="factor on step times")
 
     @property
     def limits(self) -> EngineLimits:

@@ -46,14 +46,16 @@ class Timeline:
         sample_every(cluster, every_s, self._sample)
 
     def table(self) -> dict[str, list[float]]:
-        """Return one list per column, an entry per interval.
+        """Return one list per column, an entry per whole interval of the run.
 
         Columns: ``time_s`` (end of the interval); ``running``, ``waiting`` (all engines) and ``kv_usage`` (mean) then;
         ``ttft_s`` of the first tokens and ``tpot_s`` of the requests that ended in the interval (NaN without
         any); with an expert model ``balancedness``, the mean over steps and layers of mean rank load over the heaviest,
         and ``replacements`` begun so far.
         """
-        columns: dict[str, list[float]] = {name: [row[name] for row in self._rows] for name in self._rows[0]}
+        names = ["time_s", "running", "waiting", "kv_usage"]
+        names += ["balancedness", "replacements"] if self._cluster.experts is not None else []
+        columns = {name: [row[name] for row in self._rows] for name in names}
         times = np.array(columns["time_s"])
         requests = self._cluster.memory.requests
         gaps = np.where(requests["output"] > 1, requests["output"] - 1, np.nan)

@@ -58,15 +58,17 @@ class Bounds(Config):
 class ValidationConfig(Config):
     """Input of ``servegym validate``."""
 
-    name: str = "validation"
+    name: str = Field(default="validation", description="names the validation in reports")
     live: LiveOptions = Field(default=LiveOptions(), description="the engines")
     profile: str | None = Field(default=None, description="what `servegym calibrate` has written of these engines")
     scenarios: dict[str, ValidationScenario] = Field(min_length=1, description="by label")
     policies: dict[str, Policies] = Field(min_length=1, description="label -> policies of the layers")
     repetitions: Annotated[int, Field(ge=1)] = Field(default=3, description="live runs of the same requests")
-    bounds: Bounds = Bounds()
+    bounds: Bounds = Field(default=Bounds(), description="errors that are called small")
     queue_every_s: Positive = Field(default=0.5, description="interval in which queue lengths are compared")
-    seed: Annotated[int, Field(ge=0)] = 2000
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=2000, description="of the requests; runs of the same cell share them"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

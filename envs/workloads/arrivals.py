@@ -96,7 +96,7 @@ class Gamma(_Process):
     """Gamma gaps: CV ``shape ** -0.5``; bursts below shape 1, more regular than Poisson above."""
 
     process: Literal["gamma"]
-    shape: Positive
+    shape: Positive = Field(description="shape of the Gamma distribution; the CV of the gaps is shape ** -0.5")
 
     def unit_gaps(self, rng: np.random.Generator, count: int) -> Float:
         """Return Gamma gaps of mean 1, shape (count,)."""
@@ -107,7 +107,9 @@ class Weibull(_Process):
     """Weibull gaps: ``CV**2 = G(1 + 2 / shape) / G(1 + 1 / shape)**2 - 1`` with the Gamma function G."""
 
     process: Literal["weibull"]
-    shape: Annotated[float, Field(ge=0.05)]
+    shape: Annotated[float, Field(ge=0.05)] = Field(
+        description="shape of the Weibull distribution: 1 is Poisson, less is burstier"
+    )
 
     def unit_gaps(self, rng: np.random.Generator, count: int) -> Float:
         """Return Weibull gaps of mean 1, shape (count,)."""
@@ -134,7 +136,7 @@ class Modulated(_Modulated):
     """
 
     process: Literal["modulated"]
-    modulation: Modulation
+    modulation: Modulation = Field(description="how the rate changes over time")
 
     def pieces(self, rng: np.random.Generator) -> Pieces:
         """Return the path of the modulation."""
@@ -171,8 +173,8 @@ class OnOff(_Modulated):
     """Bursts: exponential periods of a high rate and of a low one, by default none. An MMPP of two states."""
 
     process: Literal["on_off"]
-    mean_on_s: Positive
-    mean_off_s: Positive
+    mean_on_s: Positive = Field(description="mean length of a burst, seconds")
+    mean_off_s: Positive = Field(description="mean length of the period between two bursts, seconds")
     off_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="rate when off, share of that when on"
     )

@@ -35,7 +35,7 @@ class Fixed(_Distribution):
     """Always the same value."""
 
     kind: Literal["fixed"]
-    value: NonNegative
+    value: NonNegative = Field(description="the value")
 
     def sample(self, rng: np.random.Generator, count: int) -> Float:
         """Return ``value``, shape (count,)."""
@@ -46,8 +46,8 @@ class Uniform(_Distribution):
     """Uniform on ``[low, high]``."""
 
     kind: Literal["uniform"]
-    low: NonNegative
-    high: NonNegative
+    low: NonNegative = Field(description="smallest value")
+    high: NonNegative = Field(description="largest value")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -68,10 +68,12 @@ class LogNormal(_Distribution):
 
     kind: Literal["lognormal"]
     weights: tuple[Positive, ...] = Field(default=(1.0,), description="relative; need not sum to 1")
-    mu: tuple[float, ...] = Field(min_length=1)
-    sigma: tuple[NonNegative, ...] = Field(min_length=1)
-    low: NonNegative = 0.0
-    high: Positive | None = None
+    mu: tuple[float, ...] = Field(min_length=1, description="means of the logarithms, one per component")
+    sigma: tuple[NonNegative, ...] = Field(
+        min_length=1, description="standard deviations of the logarithms, one per component"
+    )
+    low: NonNegative = Field(default=0.0, description="smaller values are set to this")
+    high: Positive | None = Field(default=None, description="larger values are set to this; default: no limit")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -102,8 +104,12 @@ class Quantiles(_Distribution):
     """
 
     kind: Literal["quantiles"]
-    values: tuple[NonNegative, ...] = Field(min_length=2)
-    tail_index: Positive | None = None
+    values: tuple[NonNegative, ...] = Field(
+        min_length=2, description="quantiles at equal steps of probability, from minimum to maximum"
+    )
+    tail_index: Positive | None = Field(
+        default=None, description="index of a Pareto tail in the last step; default: a straight line"
+    )
 
     @model_validator(mode="after")
     def _sorted(self) -> Self:
@@ -127,9 +133,9 @@ class Zipf(_Distribution):
     """Whole numbers ``x`` of ``[low, high]`` with probability proportional to ``x ** -exponent``."""
 
     kind: Literal["zipf"]
-    exponent: NonNegative
-    low: PositiveInt = 1
-    high: Annotated[int, Field(ge=1, le=10_000_000)]
+    exponent: NonNegative = Field(description="0: all alike; larger: small values are more frequent")
+    low: PositiveInt = Field(default=1, description="smallest value")
+    high: Annotated[int, Field(ge=1, le=10_000_000)] = Field(description="largest value")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -151,8 +157,10 @@ class Geometric(_Distribution):
     """
 
     kind: Literal["geometric"]
-    p: Annotated[float, Field(gt=0, le=1)]
-    first_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    p: Annotated[float, Field(gt=0, le=1)] = Field(description="probability that a later turn is the last")
+    first_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="probability that the first turn is the last; default: p"
+    )
 
     def sample(self, rng: np.random.Generator, count: int) -> Float:
         """Return draws, shape (count,)."""
@@ -166,10 +174,10 @@ class Beta(_Distribution):
     """Beta distribution stretched over ``[low, high]``: a hump, a slope or a bathtub, by ``a`` and ``b``."""
 
     kind: Literal["beta"]
-    a: Positive
-    b: Positive
-    low: NonNegative
-    high: NonNegative
+    a: Positive = Field(description="first shape parameter")
+    b: Positive = Field(description="second shape parameter")
+    low: NonNegative = Field(description="smallest value")
+    high: NonNegative = Field(description="largest value")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

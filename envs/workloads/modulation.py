@@ -40,7 +40,7 @@ class AutoRegressive(_Modulation):
     kind: Literal["ar1"]
     phi: Annotated[float, Field(ge=0, lt=1)] = Field(description="correlation of neighbouring steps")
     sigma: NonNegative = Field(description="standard deviation of the log-rate")
-    step_s: Positive = 60.0
+    step_s: Positive = Field(default=60.0, description="time between two values, seconds")
 
     def pieces(self, rng: np.random.Generator) -> Pieces:
         """Yield a random path."""
@@ -58,8 +58,8 @@ class Sinusoid(_Modulation):
     """``m(t) = 1 + amplitude * sin(2 pi (t / period_s + phase))``, in pieces of 1/256 period."""
 
     kind: Literal["sinusoid"]
-    period_s: Positive
-    amplitude: Annotated[float, Field(ge=0, le=1)]
+    period_s: Positive = Field(description="length of a period, seconds")
+    amplitude: Annotated[float, Field(ge=0, le=1)] = Field(description="share of the mean rate by which it swings")
     phase: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="share of the period at time 0")
 
     def pieces(self, rng: np.random.Generator) -> Pieces:
@@ -76,7 +76,7 @@ class RateProfile(_Modulation):
 
     kind: Literal["profile"]
     step_s: Positive = Field(description="duration of each level")
-    levels: tuple[NonNegative, ...] = Field(min_length=1)
+    levels: tuple[NonNegative, ...] = Field(min_length=1, description="relative rates, one after the other")
 
     @model_validator(mode="after")
     def _positive_somewhere(self) -> Self:

@@ -20,8 +20,8 @@ from servegym.envs.workloads.distributions import (
 class Users(Config):
     """Users by popularity: user ``k`` (from 0) has the share ``(k + 1) ** -zipf_exponent`` of the sessions."""
 
-    count: PositiveInt
-    zipf_exponent: NonNegative = 1.0
+    count: PositiveInt = Field(description="number of users")
+    zipf_exponent: NonNegative = Field(default=1.0, description="0: all alike; larger: fewer users send most")
 
     def sample(self, rng: np.random.Generator, count: int) -> Int32:
         """Draw user ids, shape (count,)."""
@@ -49,8 +49,8 @@ class Priorities(Config):
 class Deadline(Config):
     """Time by which the first token is due: ``base_s + per_1k_prompt_tokens_s * prompt_tokens / 1000``."""
 
-    base_s: Positive
-    per_1k_prompt_tokens_s: NonNegative = 0.0
+    base_s: Positive = Field(description="seconds for any prompt")
+    per_1k_prompt_tokens_s: NonNegative = Field(default=0.0, description="seconds more per thousand prompt tokens")
 
     def of(self, prompt_tokens: Int32) -> Float:
         """Return the deadlines in seconds after arrival, shape as ``prompt_tokens``."""
@@ -63,7 +63,7 @@ class Prediction(Config):
     The median prediction is right, and ``sigma`` 0 is an oracle.
     """
 
-    sigma: NonNegative
+    sigma: NonNegative = Field(description="standard deviation of the logarithm of the error; 0: exact")
 
     def sample(self, output_tokens: Int32, rng: np.random.Generator) -> Float:
         """Draw predictions, shape as ``output_tokens``."""

@@ -27,21 +27,25 @@ class WorkloadConfig(Config):
     The mean rate is not part of it: it is given when requests are drawn.
     """
 
-    name: str
-    description: str
+    name: str = Field(description="of the workload")
+    description: str = Field(description="what it is, in one line")
     source: str = Field(description="where the numbers come from")
     arrivals: Arrivals | None = Field(default=None, description="of requests, or of sessions")
     prompt_tokens: Distribution | None = Field(default=None, description="prompt of a request, or of a first turn")
-    output_tokens: Distribution | None = None
+    output_tokens: Distribution | None = Field(default=None, description="tokens of an output")
     max_tokens: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description="prompt + output of a request, at most, however long a context the engines allow"
     )
-    sessions: Sessions | None = None
-    templates: tuple[Templates, ...] = ()
-    users: Users | None = None
-    priorities: Priorities | None = None
-    deadline: Deadline | None = None
-    prediction: Prediction | None = None
+    sessions: Sessions | None = Field(
+        default=None, description="conversations of several turns; default: single requests"
+    )
+    templates: tuple[Templates, ...] = Field(default=(), description="prefixes that requests share")
+    users: Users | None = Field(default=None, description="who sends the requests; default: nobody in particular")
+    priorities: Priorities | None = Field(default=None, description="priorities of requests; default: all 0")
+    deadline: Deadline | None = Field(default=None, description="by when the first token is due; default: never")
+    prediction: Prediction | None = Field(
+        default=None, description="predicted output lengths, which policies may see; default: none"
+    )
     trace: TraceConfig | None = Field(
         default=None, description="recorded requests instead of generated ones; users, deadlines ... replace its own"
     )

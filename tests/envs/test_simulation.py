@@ -47,6 +47,16 @@ def test_metrics_have_what_the_command_line_promises(content: dict[str, Any]) ->
     assert sum(engine["requests"] for engine in metrics["per_engine"]) == 800
 
 
+@pytest.mark.parametrize(("every_s", "empty"), [(0.5, False), (1e6, True)])
+def test_a_timeline_has_an_entry_per_whole_interval(content: dict[str, Any], every_s: float, empty: bool) -> None:
+    timeline = simulate(validate(SimulationConfig, content | {"timeline_s": every_s}, "test")).timeline
+    assert timeline is not None
+    assert timeline.keys() == {"time_s", "running", "waiting", "kv_usage", "ttft_s", "tpot_s"}
+    assert len({len(column) for column in timeline.values()}) == 1
+    assert (timeline["time_s"] == []) is empty
+    assert np.array(timeline["time_s"]) == pytest.approx(every_s * np.arange(1, len(timeline["time_s"]) + 1))
+
+
 def test_the_load_is_a_share_of_what_the_cluster_can_finish(content: dict[str, Any]) -> None:
     config = validate(SimulationConfig, content, "test")
     source = RequestSource(config.workload, config.cluster)

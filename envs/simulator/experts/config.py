@@ -57,8 +57,8 @@ class ExpertsConfig(Config):
         description="expert-parallel ranks of a group; default: as many as its engines",
     )
     redundant_experts: Annotated[int, Field(ge=0)] = Field(default=0, description="slots beyond one per expert")
-    routing: RoutingConfig = RoutingConfig()
-    task_mix: TaskMix = TaskMix()
+    routing: RoutingConfig = Field(default=RoutingConfig(), description="which experts tokens choose")
+    task_mix: TaskMix = Field(default=TaskMix(), description="what requests are about, over time")
     traffic: Literal["return", "stay"] = Field(
         default="return",
         description=(
@@ -66,7 +66,7 @@ class ExpertsConfig(Config):
             " of their first expert, as in ExFlow"
         ),
     )
-    replacement: Replacement = Replacement()
+    replacement: Replacement = Field(default=Replacement(), description="when experts may move, and what that costs")
     chunk_sample: Count = Field(
         default=256, description="sampled: tokens of a longer prefill chunk that stand for the rest"
     )

@@ -20,7 +20,7 @@ class TraceConfig(Config):
     over ``max_tokens``, thinned, limited, shifted so that the first one left arrives at 0, and rescaled in time.
     """
 
-    path: Path
+    path: Path = Field(description="the file, or a folder of a format with several")
     format: str = Field(default="auto", description="a name of `FORMATS`, or auto: known by its columns")
     start_s: NonNegative = Field(default=0.0, description="start of the window, seconds after the first request")
     duration_s: Positive | None = Field(default=None, description="length of the window; default: to the end")

@@ -18,7 +18,7 @@ Weights = dict[str, NonNegative]
 class Change(Config):
     """From ``at_s`` on the mix moves to other weights: at once, or along a line over ``ramp_s``."""
 
-    at_s: NonNegative
+    at_s: NonNegative = Field(description="begin of the move, seconds from the start of the run")
     weights: Weights = Field(min_length=1, description="weight of each task by name; absent ones 0")
     ramp_s: NonNegative = Field(default=0.0, description="duration of the move; 0: a step")
 
@@ -27,15 +27,15 @@ class Daily(Config):
     """The mix swings to other weights and back, as a cosine, once per period."""
 
     weights: Weights = Field(min_length=1, description="weights at the far end of the swing")
-    period_s: Annotated[float, Field(gt=0)] = 86_400.0
+    period_s: Annotated[float, Field(gt=0)] = Field(default=86_400.0, description="length of a period, seconds")
 
 
 class TaskMix(Config):
     """Shares of the tasks among arriving requests, and how they drift. Tasks are named by the routing source."""
 
     weights: Weights = Field(default_factory=dict, description="at the start; default: all tasks alike")
-    changes: tuple[Change, ...] = ()
-    daily: Daily | None = None
+    changes: tuple[Change, ...] = Field(default=(), description="moves to other weights, in order of time")
+    daily: Daily | None = Field(default=None, description="a swing on top of them; default: none")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
