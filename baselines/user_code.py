@@ -99,6 +99,17 @@ def checked_scores(policy: Any, scores: Any, count: int) -> FloatArray:
     return found
 
 
+def not_a_number(policy: Any, method: str = "score") -> InputError:
+    """Return the error of a policy whose scores are NaN, by which nothing can be chosen.
+
+    Args:
+        policy: which.
+        method: the function that gave them.
+    """
+    problem = "returned NaN; allowed: numbers, infinity where a candidate is not to be chosen"
+    return InputError(defined_at(getattr(policy, method)), f"{type(policy).__qualname__}.{method}", problem)
+
+
 def defined_at(function: Any) -> str:
     """Return ``FILE:LINE`` of a function, or the module of what has no source."""
     code = getattr(inspect.unwrap(function), "__code__", None)

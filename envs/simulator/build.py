@@ -249,7 +249,7 @@ def _first_view(records: npt.NDArray[Any]) -> FloatArray:
 
 
 def _policy_fields(policies: PolicyForms) -> dict[str, Any]:
-    fields = {
+    fields: dict[str, Any] = {
         "external_dispatch": policies.external_dispatch,
         "oracle": policies.oracle,
         "dispatch_oracle": policies.dispatch_oracle,

@@ -24,6 +24,7 @@ from servegym.baselines.interface import (
     RequestPolicy,
     RequestView,
 )
+from servegym.baselines.user_code import not_a_number
 from servegym.envs.simulator.build import Memory
 from servegym.envs.simulator.compile import announce_compilation
 from servegym.envs.simulator.config import ClusterConfig
@@ -31,7 +32,15 @@ from servegym.envs.simulator.engine_control import EngineControl
 from servegym.envs.simulator.experts.model import ExpertModel
 from servegym.envs.simulator.experts.replacement import Replacer
 from servegym.envs.simulator.frontend import common_frontend, delayed
-from servegym.envs.simulator.kernel.cluster import DISPATCH, DONE, HORIZON, ORDER, PLACEMENT, advance_to_decision
+from servegym.envs.simulator.kernel.cluster import (
+    DISPATCH,
+    DONE,
+    HORIZON,
+    NOT_A_NUMBER,
+    ORDER,
+    PLACEMENT,
+    advance_to_decision,
+)
 from servegym.envs.simulator.kernel.state import NONE
 from servegym.envs.simulator.policy_forms import PolicyForms
 from servegym.envs.simulator.python_policies import EngineChooser, score_queue
@@ -64,7 +73,7 @@ class SimulatedCluster(EngineControl):
         source: where the table comes from, for error messages.
 
     Raises:
-        InputError: a request that can never fit, an unknown profile.
+        InputError: a request that can never fit, an unknown profile; later, a policy whose scores are not numbers.
     """
 
     def __init__(
@@ -87,6 +96,7 @@ class SimulatedCluster(EngineControl):
         self.environment = simpy.Environment()
         self.totals = np.zeros(3)
         self._request_policy = request_policy
+        self._engine_policy = engine_policy
         self._chooser = EngineChooser(engine_policy)
         self.experts = self._make_experts(seed)
         self.replacers = [Replacer(group, self.environment) for group in self.experts.groups] if self.experts else []
@@ -295,6 +305,9 @@ class SimulatedCluster(EngineControl):
                 score_queue(self._request_policy, self.memory, int(cluster["order_engine"][0]))
             elif reason == HORIZON:
                 self.environment.step()
+            elif reason == NOT_A_NUMBER:
+                policy = self._engine_policy if cluster["engine_nan"][0] else self._request_policy
+                raise not_a_number(policy, "compiled")
             else:
                 # Later events, a recovery for instance, matter only to requests that wait for an engine.
                 if horizon == float("inf") or self.finished == len(self.table) or self._given_up():

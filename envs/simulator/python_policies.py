@@ -5,15 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.baselines.interface import EnginePolicy, RequestPolicy, pick
-from servegym.baselines.user_code import checked_scores
+from servegym.baselines.user_code import checked_scores, not_a_number
 from servegym.envs.simulator.build import Memory
 from servegym.envs.simulator.views import engine_views, queue_view, request_view
 
 
 def score_queue(policy: RequestPolicy, memory: Memory, engine: int) -> None:
-    """Order the waiting queue of an engine by a request policy's scores."""
+    """Order the waiting queue of an engine by a request policy's scores.
+
+    Raises:
+        InputError: scores of another shape, or not a number.
+    """
     queue, members = queue_view(memory, engine)
-    memory.requests["key"][members] = checked_scores(policy, policy.score(queue), len(queue))
+    scores = checked_scores(policy, policy.score(queue), len(queue))
+    if np.isnan(scores).any():
+        raise not_a_number(policy)
+    memory.requests["key"][members] = scores
     memory.engines["ordered"][engine] = 1
 
 
@@ -32,7 +39,11 @@ class EngineChooser:
         self.log_events = bool(self._hooks.keys() & {"on_first_token", "on_finish"})
 
     def choose(self, memory: Memory) -> int:
-        """Return the engine that the policy picks for the pending request."""
+        """Return the engine that the policy picks for the pending request.
+
+        Raises:
+            InputError: scores of another shape, or no number for any available engine.
+        """
         policy = self._policy
         if policy is None:
             raise RuntimeError("the cluster has no engine policy; use next_decision() and dispatch()")
@@ -40,6 +51,8 @@ class EngineChooser:
         request, engines = request_view(memory), engine_views(memory)
         scores = checked_scores(policy, policy.score(request, engines), len(engines))
         choice = pick(scores, engines.available)
+        if not scores[choice] < np.inf and np.isnan(scores[engines.available > 0]).any():
+            raise not_a_number(policy)
         if "on_dispatch" in self._hooks:
             self._hooks["on_dispatch"](request, choice)
         return choice

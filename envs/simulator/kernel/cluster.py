@@ -24,7 +24,7 @@ from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, STEP_STEADY,
 from servegym.envs.simulator.kernel.step import NEEDS_ORDER, NOTHING_TO_DO, begin_step, finish_step
 
 # Why `advance` returned.
-DONE, HORIZON, DISPATCH, ORDER, PLACEMENT = range(5)
+DONE, HORIZON, DISPATCH, ORDER, PLACEMENT, NOT_A_NUMBER = range(6)
 
 
 @jit
@@ -257,6 +257,7 @@ def advance_with_totals(s: State, horizon: float, action: int, totals: Any) -> i
     """As :func:`advance`, and write the reward integrals into ``totals``, shape (3,), as of the decision or the end.
 
     Of an engine that has not come that far its counts now are taken to last until then; the next call mends that.
+    NOT_A_NUMBER if a compiled policy has failed meanwhile; the run is void then.
     """
     reason = advance(s, horizon, action)
     if reason == DONE:
@@ -268,7 +269,7 @@ def advance_with_totals(s: State, horizon: float, action: int, totals: Any) -> i
     elif reason == PLACEMENT:
         s.totals_s = max(s.now_s, s.placement_s)
     sum_integrals(s, s.totals_s, totals)
-    return reason
+    return NOT_A_NUMBER if s.engine_nan or s.request_nan else reason
 
 
 @jit

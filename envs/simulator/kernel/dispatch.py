@@ -255,9 +255,11 @@ def choose(s: State) -> int:
         if scores[e] < lowest and view[e, E_AVAILABLE] > 0.0:
             best, lowest = e, scores[e]
     if best == NONE:  # the policy excluded all
-        for e in range(s.engine_count):
+        for e in range(s.engine_count - 1, -1, -1):
             if view[e, E_AVAILABLE] > 0.0:
-                return e
+                best = e
+                if math.isnan(scores[e]):
+                    s.engine_nan = 1
     return best
 
 

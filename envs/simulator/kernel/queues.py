@@ -125,9 +125,12 @@ def context_row(s: State) -> Any:
 @jit
 def _policy_key(s: State) -> float:
     """Score the request in the scratch rows with the compiled policy."""
-    return call_request_key(
+    key = call_request_key(
         s.request_key_at, s.queue_row_at, s.context_row_at, s.request_params_at, s.request_param_count
     )
+    if math.isnan(key):
+        s.request_nan = 1
+    return key
 
 
 @jit

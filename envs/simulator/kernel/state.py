@@ -197,6 +197,8 @@ CLUSTER = np.dtype(
         ("stepping", "i8"),
         ("external_dispatch", "i8"),
         ("pending", "i8"),  # request that waits for a dispatch decision
+        ("engine_nan", "i8"),  # the compiled engine policy gave no number, only NaN
+        ("request_nan", "i8"),  # the compiled request policy gave NaN
         ("next_root", "i8"),
         ("later", "i8"),  # entries of the heap of later arrivals
         ("finished", "i8"),

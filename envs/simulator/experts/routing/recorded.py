@@ -28,19 +28,6 @@ from servegym.envs.simulator.experts.routing.bank import RoutingBank
 from servegym.errors import InputError
 
 
-def save_routing(path: Path, bank: RoutingBank) -> None:
-    """Write a bank."""
-    small = np.uint8 if bank.experts <= 256 else np.uint16
-    np.savez_compressed(
-        path,
-        expert_ids=bank.expert_ids.astype(small),
-        sequence_start=bank.sequence_start,
-        task=bank.task,
-        task_names=np.array(bank.task_names),
-        experts=np.array(bank.experts),
-    )
-
-
 def load_routing(path: Path, max_tokens: int | None = None) -> RoutingBank:
     """Read a file.
 
