@@ -62,6 +62,19 @@ def load_bundle(path: str | Path) -> BundlePolicy:
     return policy
 
 
+def bundle_files(path: str | Path) -> list[Path]:
+    """Return the files that a bundle's policy is made of.
+
+    Args:
+        path: as of :func:`load_bundle`.
+
+    Raises:
+        InputError: no such bundle.
+    """
+    folder = _bundle_folder(path)
+    return [folder / name for name in (MANIFEST, WEIGHTS) if (folder / name).is_file()]
+
+
 def _bundle_folder(name: str | Path) -> Path:
     path = resolved(name)
     folder = path.parent if path.name == MANIFEST else path

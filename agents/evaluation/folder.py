@@ -6,6 +6,7 @@
     config.sha256    its hash; the folder holds results of no other
     origin.json      command line, versions, machine and commit of the run that began it
     cells.jsonl      a line per finished cell
+    policies/        the user's policies, see servegym.agents.evaluation.kept
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import yaml
 
 from servegym.agents.evaluation.config import Cell, EvaluationConfig, Row
+from servegym.agents.evaluation.kept import keep_policies, with_kept
 from servegym.agents.evaluation.report import Evaluation
 from servegym.agents.runs import atomic_write, write_json
 from servegym.agents.versions import environment_record
@@ -39,7 +41,11 @@ def record_evaluation(folder: Path, config: EvaluationConfig, command: str | Non
         folder: of the evaluation; it exists.
         config: what is evaluated.
         command: the command line.
+
+    Raises:
+        InputError: the folder holds results of another version of a policy.
     """
+    keep_policies(folder, config)
     if not (folder / _CONFIG).is_file():
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
         atomic_write(folder / _CONFIG, lambda file: file.write(text.encode()))
@@ -57,8 +63,9 @@ def load_evaluation(folder: Path) -> tuple[Evaluation, dict[str, Any]]:
         if not (folder / name).is_file():
             problem = f"has no {name}; allowed: the folder of `servegym evaluate CONFIG --out {folder}`"
             raise InputError(str(folder), "", f"{problem}, which adds it to finished cells in seconds")
-    config = validate(EvaluationConfig, load_mapping(folder / _CONFIG), str(folder / _CONFIG))
-    done = finished_cells(config, folder)
+    content = with_kept(folder, load_mapping(folder / _CONFIG))
+    config = validate(EvaluationConfig, content, str(folder / _CONFIG))
+    done = _read_cells(folder)
     missing = [cell for cell in config.cells if cell not in done]
     if missing:
         problem = f"{len(missing)} of {len(config.cells)} cells are missing; the same `servegym evaluate` goes on"
@@ -73,15 +80,25 @@ def finished_cells(config: EvaluationConfig, out: Path | None) -> dict[Cell, lis
     Raises:
         InputError: the folder holds another evaluation.
     """
-    done: dict[Cell, list[Row]] = {}
     if out is None:
-        return done
+        return {}
     out.mkdir(parents=True, exist_ok=True)
     stamp = out / "config.sha256"
     if stamp.is_file() and stamp.read_text(encoding="utf-8").strip() != config.digest():
         raise InputError(str(out), "", "holds the results of another evaluation; allowed: a new or empty folder")
     stamp.write_text(config.digest() + "\n", encoding="utf-8")
-    path = out / "cells.jsonl"
+    return _read_cells(out)
+
+
+def append_cell(out: Path, cell: Cell, rows: list[Row]) -> None:
+    """Add the rows of a finished cell."""
+    with (out / "cells.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"cell": cell, "rows": rows}) + "\n")
+
+
+def _read_cells(folder: Path) -> dict[Cell, list[Row]]:
+    done: dict[Cell, list[Row]] = {}
+    path = folder / "cells.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
@@ -90,9 +107,3 @@ def finished_cells(config: EvaluationConfig, out: Path | None) -> dict[Cell, lis
         index, load, seed = entry["cell"]
         done[index, load, seed] = entry["rows"]
     return done
-
-
-def append_cell(out: Path, cell: Cell, rows: list[Row]) -> None:
-    """Add the rows of a finished cell."""
-    with (out / "cells.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"cell": cell, "rows": rows}) + "\n")
