@@ -7,13 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from servegym.configuration import validate
-from servegym.envs.simulator.experts.routing.bank import RoutingBank
-from servegym.envs.simulator.experts.routing.config import RoutingConfig, make_bank
-from servegym.envs.simulator.experts.routing.generator import PRESETS, generate_bank
-from servegym.envs.simulator.experts.routing.recorded import load_routing, save_routing
-from servegym.envs.simulator.experts.routing.statistics import (
+from routing_support import (
     active_share,
     gini,
     layer_dependence,
@@ -21,8 +15,15 @@ from servegym.envs.simulator.experts.routing.statistics import (
     max_over_mean,
     overlap,
     rank_imbalance,
+    save_routing,
     task_precision,
 )
+
+from servegym.configuration import validate
+from servegym.envs.simulator.experts.routing.bank import RoutingBank
+from servegym.envs.simulator.experts.routing.config import RoutingConfig, make_bank
+from servegym.envs.simulator.experts.routing.generator import PRESETS, generate_bank
+from servegym.envs.simulator.experts.routing.recorded import load_routing
 from servegym.envs.simulator.experts.routing.tasks import TaskMix
 from servegym.errors import InputError
 
