@@ -21,6 +21,7 @@ from servegym.agents.profile_cli import profile_app
 from servegym.agents.progress import Bar
 from servegym.agents.replay_cli import replay_command
 from servegym.agents.runs import finite
+from servegym.agents.schedule_trace_cli import schedule_trace_command
 from servegym.agents.tune_cli import tune_command
 from servegym.agents.validate_cli import validate_command
 from servegym.agents.versions import command_line
@@ -177,18 +178,16 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Simulate a cluster and print its metrics."""
-    import servegym.engine_bridge.bundle  # noqa: F401 - makes bundles available by path
     from servegym.agents.plots import check_plot, plot_timelines
+    from servegym.agents.policy_options import layer_overrides
     from servegym.agents.tables import simulation_table
     from servegym.configuration import load_config
     from servegym.envs.simulation import SimulationConfig
     from servegym.envs.simulation import simulate as run
 
-    policies = [policy] if not against else [policy, [*(policy or []), *against]]
-    configs = [
-        load_config(SimulationConfig, config, "simulate", [*(settings or []), *_policy_overrides(options, "policies")])
-        for options in policies
-    ]
+    overrides = [*(settings or []), *layer_overrides(policy)]
+    variants = [overrides, [*overrides, *layer_overrides(against, "--against")]] if against else [overrides]
+    configs = [load_config(SimulationConfig, config, "simulate", variant) for variant in variants]
     if plot is not None:
         check_plot(plot, configs[0])
 
@@ -274,7 +273,9 @@ def evaluate(
     workers: Workers = None,
     backend: Backend = None,
     address: Address = None,
-    out: Annotated[Path | None, typer.Option(help="Keep finished cells here; a rerun goes on from them.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep finished cells and your policies' files here; a rerun goes on.")
+    ] = None,
     parquet: Annotated[Path | None, typer.Option(help="Write all cells to this Parquet file.")] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the report as one HTML page; `servegym report` has its options.")
@@ -286,13 +287,11 @@ def evaluate(
     from servegym.agents.evaluation import EvaluationConfig
     from servegym.agents.evaluation import evaluate as run
     from servegym.agents.evaluation.folder import origin
+    from servegym.agents.policy_options import file_overrides, label_overrides
     from servegym.agents.report.write import check_page, write_report
-    from servegym.configuration import load_config, load_mapping
+    from servegym.configuration import load_config
 
-    added = load_mapping(policies) if policies is not None else {}
-    overrides = [*(settings or [])]
-    overrides += [f"policies.{label}={json.dumps(content)}" for label, content in added.items()]
-    overrides += _label_overrides(policy)
+    overrides = [*(settings or []), *file_overrides(policies), *label_overrides(policy)]
     overrides += [f"live.cluster={json.dumps(cluster)}"] if cluster is not None else []
     overrides += backend_overrides(backend, address, workers)
     loaded = load_config(EvaluationConfig, config, "evaluate", overrides)
@@ -344,55 +343,6 @@ def report(
     print(f"report: {html}")
 
 
-def schedule_trace(
-    spec: Annotated[
-        str, typer.Argument(help="A JSON file as the documentation of the simulator describes; - for stdin.")
-    ],
-) -> None:
-    """Print what the simulated engine schedules at each step, one JSON object a line."""
-    from servegym.configuration import validate
-    from servegym.envs.simulator.schedule_trace import ScheduleSpec
-    from servegym.envs.simulator.schedule_trace import schedule_trace as run
-
-    try:
-        content = json.loads(sys.stdin.read() if spec == "-" else Path(spec).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(spec, "", f"cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{spec}:{error.lineno}:{error.colno}", "", f"not valid JSON: {error.msg}") from None
-    if not isinstance(content, dict):
-        raise InputError(spec, "", f"got a {type(content).__name__}; allowed: an object")
-    for line in run(validate(ScheduleSpec, content, spec), spec):
-        print(json.dumps(line))
-
-
-def _policy_overrides(options: list[str] | None, prefix: str) -> list[str]:
-    """Turn ``--policy engine=lmetric,x=1`` into overrides of a config."""
-    from servegym.baselines.registry import parse_policy_option
-
-    found = []
-    for option in options or []:
-        layer, spec = parse_policy_option(option)
-        found.append(f"{prefix}.{layer}={spec.model_dump_json()}")
-    return found
-
-
-def _label_overrides(options: list[str] | None) -> list[str]:
-    """Turn ``--policy learned=runs/x``, or ``learned=request=runs/x``, into an entry of an evaluation's policies."""
-    from servegym.baselines.policy_spec import LAYERS, PolicySpec
-
-    found = []
-    for option in options or []:
-        label, equals, text = option.partition("=")
-        if not equals or not label.strip() or "." in label:
-            raise InputError("--policy", option, "allowed: LABEL=NAME, such as learned=runs/dispatch_ppo/latest")
-        layer, equals, name = text.partition("=")
-        if not equals or layer not in LAYERS:
-            layer, name = "engine", text
-        found.append(f'policies.{label.strip()}={{"{layer}": {PolicySpec.parse(name).model_dump_json()}}}')
-    return found
-
-
 app.command("tune", rich_help_panel=COMPARE)(tune_command)
 app.command("finetune", rich_help_panel=LEARN)(finetune_command)
 app.command("replay", rich_help_panel=LIVE)(replay_command)
@@ -400,5 +350,5 @@ app.command("calibrate", rich_help_panel=LIVE)(calibrate_command)
 app.command("validate", rich_help_panel=LIVE)(validate_command)
 app.add_typer(cluster_app, name="cluster", rich_help_panel=LIVE)
 app.add_typer(deploy_app, name="deploy", rich_help_panel=LIVE)
-app.command("schedule-trace", rich_help_panel=INSIDE)(schedule_trace)
+app.command("schedule-trace", rich_help_panel=INSIDE)(schedule_trace_command)
 app.add_typer(profile_app, name="profile", rich_help_panel=INSIDE)

@@ -34,13 +34,20 @@ class PolicySpec(Config):
         return _split(value) if isinstance(value, str) else value
 
     @classmethod
-    def parse(cls, text: str) -> PolicySpec:
+    def parse(cls, text: str, source: str = "policy") -> PolicySpec:
         """Read ``NAME`` or ``NAME,key=value,key=value``.
+
+        Args:
+            text: what to read.
+            source: where it comes from, for errors.
 
         Raises:
             InputError: no name, a part that is not ``key=value``, or a key twice.
         """
-        return _parse(text, "policy")
+        try:
+            return cls.model_validate(text)
+        except ValidationError as error:
+            raise explain(error, cls, source) from None
 
     def located(self) -> PolicySpec:
         """Return the same policy for processes with another working directory: paths of files become absolute."""
@@ -54,8 +61,8 @@ class PolicySpec(Config):
         return ",".join([self.name, *(f"{key}={value}" for key, value in self.params.items())])
 
 
-def parse_layer(text: str) -> Layer:
-    """Return ``text`` as a layer.
+def parse_layer(text: str, source: str = "--policy") -> Layer:
+    """Return ``text`` as a layer; an error names the source.
 
     Raises:
         InputError: not one of ``request``, ``engine``, ``expert``.
@@ -63,11 +70,15 @@ def parse_layer(text: str) -> Layer:
     for layer in LAYERS:
         if text == layer:
             return layer
-    raise InputError("--policy", text, f"unknown layer; allowed: {', '.join(LAYERS)}")
+    raise InputError(source, text, f"unknown layer; allowed: {', '.join(LAYERS)}")
 
 
-def parse_policy_option(option: str) -> tuple[Layer, PolicySpec]:
+def parse_policy_option(option: str, source: str = "--policy") -> tuple[Layer, PolicySpec]:
     """Read the value of ``--policy``: ``LAYER=NAME`` or ``LAYER=NAME,key=value``.
+
+    Args:
+        option: the value.
+        source: the option's name, for errors.
 
     Raises:
         InputError: no ``=``, an unknown layer, no name, a part that is not ``key=value``, or a key twice.
@@ -77,15 +88,8 @@ def parse_policy_option(option: str) -> tuple[Layer, PolicySpec]:
     """
     layer, equals, text = option.partition("=")
     if not equals:
-        raise InputError("--policy", option, "allowed: LAYER=NAME or LAYER=NAME,key=value, such as engine=lmetric")
-    return parse_layer(layer.strip()), _parse(text, "--policy")
-
-
-def _parse(text: str, source: str) -> PolicySpec:
-    try:
-        return PolicySpec.model_validate(text)
-    except ValidationError as error:
-        raise explain(error, PolicySpec, source) from None
+        raise InputError(source, option, "allowed: LAYER=NAME or LAYER=NAME,key=value, such as engine=lmetric")
+    return parse_layer(layer.strip(), source), PolicySpec.parse(text, source)
 
 
 def _split(text: str) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> Inpu
         tag, expected = first["ctx"]["discriminator"].strip("'"), first["ctx"]["expected_tags"]
         return InputError(source, f"{field}.{tag}", f"got {first['ctx']['tag']!r}; allowed: {expected}")
     message = str(first["msg"]).removeprefix("Value error, ")
-    message = message.removeprefix("Input should be ")
+    message = message.removeprefix("Input should be ").partition(", unable to parse")[0]
     message = _TYPES.get(message, "a mapping" if "valid dictionary or instance" in message else message)
     if isinstance(value, float) and not math.isfinite(value):
         message = "a finite number"

@@ -227,12 +227,32 @@ def test_wrong_usage_is_one_line_too(folder: Path) -> None:
     _refused(servegym("simulate", "--frobnicate"), "--frobnicate")
     _refused(servegym("frobnicate"), "frobnicate")
     _refused(servegym("train"), "a config, or --resume")
-    _refused(servegym("evaluate", folder / "evaluate.yaml", "--policy", "lmetric"), "LABEL=NAME")
-    _refused(
-        servegym("evaluate", folder / "evaluate.yaml", "--policy", "mine=request=lmetrik"), "policy request=lmetrik"
-    )
     _refused(servegym("evaluate", folder / "evaluate.yaml", "--set", "baseline=rrr"), "did you mean rr?")
     _refused(servegym("schedule-trace", folder / "trace.csv"), "not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "problem"),
+    [
+        ("evaluate", "--policy", "lmetric", "allowed: LABEL=NAME"),
+        ("evaluate", "--policy", "mine=request=lmetrik", "unknown policy; "),
+        ("evaluate", "--policy", "mine=runs/none", "runs/none: no such policy bundle"),
+        ("simulate", "--policy", "engine=spf_aging", "unknown policy; "),
+        ("simulate", "--policy", "request=spf_aging,gamma=-1", "gamma: got -1; allowed: "),
+        ("simulate", "--against", "engine=none.py:Mine", "no file none.py"),
+    ],
+)
+def test_a_wrong_policy_is_named_by_its_option(
+    folder: Path, command: str, option: str, value: str, problem: str
+) -> None:
+    run = servegym(command, folder / f"{command}.yaml", option, value)
+    _refused(run, f"error: {option}: {value}: {problem}")
+
+
+def test_policies_of_a_file_are_named_by_that_file(folder: Path) -> None:
+    _write(folder / "best.yaml", {"mine": {"engine": "lmetrik"}})
+    run = servegym("evaluate", folder / "evaluate.yaml", "--policies", folder / "best.yaml")
+    _refused(run, f"error: {folder / 'best.yaml'}: mine: policy engine=lmetrik: unknown policy; did you mean lmetric")
 
 
 def test_schedule_trace_reads_a_file_or_stdin() -> None:
