@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from servegym.configuration import find_config, load_mapping, shipped_configs
+from servegym.configuration import find_config, load_mapping, shipped_configs, validate
 from servegym.errors import InputError, nearest
 
 # kind -> (folder of shipped configs, the one to begin from, its class, the command that reads it)
@@ -73,11 +73,15 @@ def commented(kind: str, origin: Path) -> str:
     Args:
         kind: one of ``KINDS``.
         origin: the config to begin from.
+
+    Raises:
+        InputError: it is not a config of that kind.
     """
     module, _, name = KINDS[kind][2].partition(":")
     model: type[BaseModel] = getattr(importlib.import_module(module), name)
     text = origin.read_text(encoding="utf-8").rstrip()
-    lines = [_line(key, field) for key, field in settings(model, load_mapping(origin))]
+    given = load_mapping(origin)
+    lines = [_line(key, field) for key, field in settings(validate(model, given, str(origin)), given)]
     return "\n".join(
         [
             text,
@@ -90,54 +94,47 @@ def commented(kind: str, origin: Path) -> str:
     )
 
 
-def settings(model: type[BaseModel], given: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield the settings of a config that a mapping does not give, by dotted name; required ones are left out.
+def settings(config: BaseModel, given: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the settings that a config leaves at their defaults, by dotted name.
 
     Args:
-        model: the config's class.
-        given: what a file sets.
+        config: the config.
+        given: what its file sets.
         prefix: of the names.
     """
-    for name, field in model.model_fields.items():
-        inner, value = _section(field), given.get(name)
-        if inner is not None and (name not in given or isinstance(value, dict)):
-            yield from settings(inner, value or {}, f"{prefix}{name}.")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel) and (
+            isinstance(given.get(name), dict) or (name not in given and _plain(value))
+        ):
+            yield from settings(value, given.get(name, {}), f"{prefix}{name}.")
         elif name not in given and not field.is_required():
             yield f"{prefix}{name}", field
 
 
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The class of a field that is a section with defaults of its own; None for a value or a choice of sections."""
-    kind = field.annotation
-    if not (isinstance(kind, type) and issubclass(kind, BaseModel)) or field.is_required():
-        return None
-    default = field.get_default(call_default_factory=True)
-    plain = type(default) is kind and default == _defaults(kind)
-    return kind if plain else None
-
-
-def _defaults(model: type[BaseModel]) -> BaseModel | None:
+def _plain(section: BaseModel) -> bool:
+    """Whether a section has the defaults of its class, so that each of its settings may be told apart."""
     try:
-        return model()
+        return section == type(section)()
     except ValueError:
-        return None
+        return False
 
 
 def _line(key: str, field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json", exclude_defaults=True)
-    shown = yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    shown = yaml.safe_dump(_yaml(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
     setting = f"#   {key}: {shown}"
     return f"{setting:<{_WIDTH}} # {field.description}" if field.description else setting
 
 
-def _plain(value: Any) -> Any:
+def _yaml(value: Any) -> Any:
     """What YAML can hold."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", exclude_defaults=True)
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_yaml(item) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _yaml(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
