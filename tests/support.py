@@ -1,10 +1,11 @@
-"""Requests and profiles for tests."""
+"""Requests, profiles and the command line for tests."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import pytest
 
 from servegym.envs.workloads.table import RequestTable
 
@@ -78,3 +79,14 @@ def session_table(seed: int, sessions: int = 60, turns: int = 4, think_s: float 
         row["parent"] = new.get(int(row["parent"]), -1)
     columns = {name: [rows[i][name] for i in order] for name in rows[0]}
     return RequestTable.build(**columns)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run a command of the command line in this process; return its exit code."""
+    from servegym.agents.cli import main
+
+    monkeypatch.setattr("sys.argv", ["servegym", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import command
 
-from servegym.agents.cli import main
 from servegym.engine_bridge.cluster.config import ClusterFile
 from servegym.engine_bridge.cluster.launcher import running_cluster
 from servegym.envs.profiles.profile import load_profile
@@ -23,21 +23,13 @@ def url(fake_cluster: Callable[..., ClusterFile], tmp_path: Path) -> Iterator[st
         yield cluster.engines[0].url
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["servegym", "calibrate", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
-
-
 def test_a_profile_of_a_server_and_going_on_with_it(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, plot = tmp_path / "mine.yaml", tmp_path / "mine.png"
     sets = [word for limit in LIMITS for word in ("--set", limit)]
     options = ["--engine", url, "--out", str(out), "--rounds", "2", "--plot", str(plot), "--json", *sets]
-    assert run(monkeypatch, *options) == 0
+    assert command(monkeypatch, "calibrate", *options) == 0
     report = json.loads(capsys.readouterr().out)
     assert plot.stat().st_size > 1000
     time = load_profile(out).step_time
@@ -49,13 +41,13 @@ def test_a_profile_of_a_server_and_going_on_with_it(
     path = out.with_suffix(".measurements.jsonl")
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:-3]) + "\n")
-    assert run(monkeypatch, *options) == 0
+    assert command(monkeypatch, "calibrate", *options) == 0
     again = path.read_text().splitlines()
     assert again[: len(lines) - 3] == lines[:-3]
     assert len(again) == len(lines)
 
     capsys.readouterr()
-    assert run(monkeypatch, *options, "--set", "max_num_seqs=1") == 2
+    assert command(monkeypatch, "calibrate", *options, "--set", "max_num_seqs=1") == 2
     assert "measurements of another engine or other limits" in capsys.readouterr().err
 
 
@@ -70,7 +62,7 @@ def test_bad_input_is_one_line(
         ([*out, "--engine", "http://127.0.0.1:1", "--set", "x"], "allowed: LIMIT=VALUE"),
         ([*out, "--cluster", str(tmp_path)], "no such cluster runs"),
     ):
-        assert run(monkeypatch, *arguments) == 2
+        assert command(monkeypatch, "calibrate", *arguments) == 2
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1

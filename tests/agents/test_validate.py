@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from support import TOY
+from support import TOY, command
 
-from servegym.agents.cli import main
 from servegym.agents.validation import Validation
 from servegym.engine_bridge.cluster.config import ClusterFile
 from servegym.engine_bridge.cluster.engine import stop_groups
@@ -54,14 +53,6 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["servegym", "validate", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
-
-
 def test_a_server_whose_times_are_known(
     cluster: LiveCluster,
     profile: Path,
@@ -72,7 +63,7 @@ def test_a_server_whose_times_are_known(
 ) -> None:
     out, plot = tmp_path / "out", tmp_path / "plot.png"
     options = [str(config), "--profile", str(profile), "--cluster", str(cluster.folder), "--out", str(out)]
-    assert run(monkeypatch, *options, "--plot", str(plot), "--json") == 0
+    assert command(monkeypatch, "validate", *options, "--plot", str(plot), "--json") == 0
     (cell,) = json.loads(capsys.readouterr().out)["cells"]
     assert cell["repetitions"] == 2
     assert cell["simulated"]["tpot_s"]["p50"] == pytest.approx(1e-6 * STEP_US)
@@ -82,11 +73,11 @@ def test_a_server_whose_times_are_known(
 
     # All cells are there: no engine is needed any more, and the result is the same.
     stop_groups([engine.pid for engine in cluster.engines if engine.pid is not None])
-    assert run(monkeypatch, *options, "--json") == 0
+    assert command(monkeypatch, "validate", *options, "--json") == 0
     assert json.loads(capsys.readouterr().out)["cells"] == [cell]
-    assert run(monkeypatch, *options) == 0
+    assert command(monkeypatch, "validate", *options) == 0
     assert "steady" in capsys.readouterr().out
-    assert run(monkeypatch, *options, "--set", "seed=1") == 2
+    assert command(monkeypatch, "validate", *options, "--set", "seed=1") == 2
     assert "holds another validation" in capsys.readouterr().err
 
 
@@ -101,7 +92,7 @@ def test_bad_input_is_one_line(
         ([str(config), "--profile", str(profile), "--set", "repetitions=0"], "repetitions"),
         (["no-such-config"], "no-such-config"),
     ):
-        assert run(monkeypatch, *arguments) == 2
+        assert command(monkeypatch, "validate", *arguments) == 2
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
