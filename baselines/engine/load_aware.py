@@ -1,4 +1,4 @@
-"""The seed paper's dispatch: a cascade of thresholds with user stickiness."""
+"""Dispatch by a cascade of thresholds with user stickiness (arXiv 2602.21626)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from servegym.configuration import Config
 
 @register("engine", "load_aware", source="arXiv 2602.21626 (DPLB); order of the cascade reconstructed")
 class LoadAware(Heuristic):
-    """KV-cache use, running load and user stickiness behind thresholds, as in the seed paper's DP load balancer.
+    """KV-cache use, running load and user stickiness behind thresholds, as in the DPLB of arXiv 2602.21626.
 
     Candidates are the available engines with ``kv_usage < theta_k``, or all available ones if none is. The load is
     ``inflight_prompt_tokens``. Gaps are taken over the candidates; the first rule that applies decides:
