@@ -29,6 +29,14 @@ _PAGES = {
     "docs/kubernetes.md": "kubernetes.md",
     "docs/results.md": "results.md",
 }
+# Files that configs name.
+_NAMED = {
+    "workload file": (
+        "servegym.envs.workloads.workload:WorkloadConfig",
+        "Named, by path or as shipped, by `workload.name`.",
+    ),
+    "profile file": ("servegym.envs.profiles.profile:Profile", "Named, by path or as shipped, by `cluster.profile`."),
+}
 _API = {
     "What policies see, and what they are": "servegym.baselines.interface",
     "Policies by name": "servegym.baselines.registry",
@@ -135,10 +143,11 @@ def _configs() -> str:
         "YAML files, strict: an unknown key is an error. `servegym init KIND` writes one with all of this as comments.",
     ]
     seen: set[type[BaseModel]] = set()
-    for kind, (_, _, entry_point, command) in KINDS.items():
+    kinds = {kind: (entry, f"Read by `{command.format('FILE')}`.") for kind, (_, _, entry, command) in KINDS.items()}
+    for kind, (entry_point, reader) in (kinds | _NAMED).items():
         module, _, name = entry_point.partition(":")
         model = getattr(importlib.import_module(module), name)
-        parts += [f"## {kind}", f"Read by `{command.format('FILE')}`."]
+        parts += [f"## {kind}", reader]
         waiting = [model]
         while waiting:
             one = waiting.pop(0)
