@@ -54,7 +54,7 @@ class Frame:
             time_s=run.decided_s,
             finished=run.finished,
             requests=len(run.table),
-            decoding=engines["decoding"].copy(),
+            decoding=engines["decoding"] + engines["leaving"],
             prefilling=engines["running"] - engines["decoding"],
             waiting=engines["waiting"].copy(),
             slots=engines["max_num_seqs"].copy(),

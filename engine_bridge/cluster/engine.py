@@ -47,8 +47,8 @@ class EngineCommand:
 def vllm_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Write a mapping as vLLM's command line takes it.
 
-    >>> vllm_arguments({"enforce-eager": True, "max-num-seqs": 8, "eplb-config": {"window_size": 10}})
-    ['--enforce-eager', '--max-num-seqs', '8', '--eplb-config', '{"window_size": 10}']
+    >>> vllm_arguments({"async-scheduling": False, "max-num-seqs": 8, "eplb-config": {"window_size": 10}})
+    ['--no-async-scheduling', '--max-num-seqs', '8', '--eplb-config', '{"window_size": 10}']
     """
     words: list[str] = []
     for name, value in arguments.items():

@@ -115,8 +115,12 @@ class _PolicyScheduler:
         told = {
             "max_num_batched_tokens": self._servegym_budget,
             "max_model_len": int(getattr(self, "max_model_len", 0)),
+            "async_scheduling": self._servegym_ahead(),
         }
         return limits | {name: value for name, value in told.items() if value}
+
+    def _servegym_ahead(self) -> bool:
+        return bool(getattr(getattr(self, "scheduler_config", None), "async_scheduling", False))
 
     def _servegym_context(self) -> dict[str, Any]:
         manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
@@ -135,7 +139,19 @@ class _PolicyScheduler:
 
 
 class PolicyScheduler(_PolicyScheduler, Scheduler):
-    """For engines that schedule synchronously."""
+    """For engines that schedule synchronously.
+
+    Raises:
+        ValueError: the engine schedules one step ahead; with this class it would skip every other step, without a word.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self._servegym_ahead():
+            raise ValueError(
+                f"--scheduler-cls: got {type(self).__name__} with --async-scheduling; allowed: PolicyAsyncScheduler, "
+                "or --no-async-scheduling"
+            )
 
 
 class PolicyAsyncScheduler(_PolicyScheduler, AsyncScheduler):

@@ -6,7 +6,8 @@ empty, who has enough removes it. The first line is JSON with the engine's limit
     start end busy sequences prefill_tokens prior_tokens prefill_pairs decodes context_tokens
 
 Times are ``time.perf_counter()`` seconds, which processes of one Linux machine share; ``start`` is the call of
-``schedule()``, ``end`` the return of ``update_from_output()``, and ``busy`` says whether requests were left.
+``schedule()``, or, of a step that was scheduled ahead, the end of the step before; ``end`` is the return of
+``update_from_output()``, and ``busy`` says whether requests were left.
 ``prefill_pairs`` is the sum of ``c * (p + (c + 1) / 2)`` of :class:`~servegym.envs.profiles.profile.StepTime`.
 """
 
@@ -42,7 +43,8 @@ class StepRecorder:
         self._file: int | None = None
         self._inode = 0
         self._look_at = 0.0
-        self._begun: deque[tuple[Any, str]] = deque()
+        self._begun: deque[tuple[Any, float, str]] = deque()
+        self._ended_s = 0.0
 
     @property
     def recording(self) -> bool:
@@ -90,17 +92,18 @@ class StepRecorder:
             composition = _composition(output, requests)
             # Asynchronous scheduling begins the next step before this one has ended.
             if composition is not None:
-                self._begun.append((output, f"{start_s:.7f} {{}} {{}} {composition}"))
+                self._begun.append((output, start_s, composition))
         except Exception as error:
             self._fail(error)
 
     def updated(self, output: Any, end_s: float, busy: bool) -> None:
         """Write the step that a SchedulerOutput belongs to."""
         while self._begun and self._file is not None:
-            begun, line = self._begun.popleft()
+            begun, start_s, composition = self._begun.popleft()
             if begun is output:
+                start_s, self._ended_s = max(start_s, self._ended_s), end_s
                 try:
-                    self._write(line.format(f"{end_s:.7f}", int(busy)))
+                    self._write(f"{start_s:.7f} {end_s:.7f} {int(busy)} {composition}")
                 except OSError as error:
                     self._fail(error)
                 return

@@ -141,7 +141,14 @@ class StepFactors(Config):
 
 
 class EngineLimits(Config):
-    """vLLM's scheduler settings; names as in vLLM."""
+    """vLLM's scheduler settings; names as in vLLM.
+
+    With ``async_scheduling`` each step is scheduled while the one before runs. What arrives during step k is in step
+    k + 2 at the earliest, at an idle engine in the next one; a finished request keeps its slot and its blocks for one
+    schedule longer. Steps last as long as without: no term of :class:`StepTime` is the host's alone. ``fixed_us`` and
+    ``per_sequence_us`` hold its share as it was when the profile was made, and those of GPUs that are shipped hold only
+    what asynchronous scheduling does not hide.
+    """
 
     block_size: PositiveInt = Field(default=16, description="tokens per KV block")
     num_blocks: PositiveInt = Field(
@@ -155,6 +162,9 @@ class EngineLimits(Config):
     )
     enable_prefix_caching: bool = Field(default=True, description="reuse of full KV blocks with equal prefixes")
     scheduling_policy: Literal["fcfs", "priority"] = Field(default="fcfs", description="order of the waiting queue")
+    async_scheduling: bool = Field(
+        default=False, description="schedule each step while the one before runs, vLLM's default on GPUs"
+    )
 
 
 class ExpertShape(Config):

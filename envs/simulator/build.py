@@ -36,6 +36,7 @@ from servegym.envs.simulator.kernel.state import (
 from servegym.envs.simulator.policy_forms import PolicyForms
 from servegym.envs.simulator.records import (
     check_fit,
+    check_ranks,
     dense,
     engine_records,
     prefix_index,
@@ -95,6 +96,8 @@ class Memory:
             InputError: a request can never fit an engine's KV cache or context length.
         """
         check_fit(table, engines, source)
+        if lockstep:
+            check_ranks(engines)
         self._owned: list[npt.NDArray[Any]] = []
         users, user = dense(table.user)
         sessions, session = dense(table.session)
@@ -224,6 +227,8 @@ class Memory:
             name: (seqs, np.int32) for name in ("running", "scheduled", "preempted", "phase_of", "rows")
         }
         shapes["end_of"] = (seqs, np.int64)
+        if limits.async_scheduling:
+            shapes |= {name: (seqs, np.int32) for name in ("firsts", "leaving", "leaving_place")}
         if limits.enable_prefix_caching:
             # Twice the blocks, at least: a table at most half full keeps probe sequences short.
             slots = 1 << (2 * blocks).bit_length()

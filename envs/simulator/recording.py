@@ -78,7 +78,7 @@ class Recording:
         cluster, engines, rows = self._cluster, self._cluster.memory.engines, self._rows
         rows["time_s"].append(np.asarray(cluster.environment.now))
         rows["waiting"].append(engines["waiting"].copy())
-        rows["running"].append(engines["running"].copy())
+        rows["running"].append(engines["running"] + engines["leaving"])
         rows["kv_usage"].append(kv_usage(engines))
         if cluster.experts is None:
             return

@@ -39,6 +39,20 @@ def check_fit(table: RequestTable, engines: Sequence[EngineSpec], source: str) -
                 )
 
 
+def check_ranks(engines: Sequence[EngineSpec]) -> None:
+    """Make sure that engines can take each step together.
+
+    Raises:
+        InputError: some of them schedule asynchronously and some do not.
+    """
+    if len({spec.limits.async_scheduling for spec in engines}) > 1:
+        raise InputError(
+            "cluster",
+            "engine.async_scheduling",
+            "got true and false; allowed in mode lockstep: the same for all engines",
+        )
+
+
 def dense(ids: npt.NDArray[np.int32]) -> tuple[int, npt.NDArray[np.int32]]:
     """Number ids from 0 without gaps, NONE staying NONE."""
     if (ids < 0).all():
@@ -114,6 +128,7 @@ def engine_records(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any
         record["prefix_caching"] = limit.enable_prefix_caching
         record["priority_preemption"] = limit.scheduling_policy == "priority"
         record["order"] = order
+        record["ahead"] = limit.async_scheduling
         record["fixed_s"], record["sequence_s"] = cost.fixed_s, cost.sequence_s
         record["pair_s"], record["context_s"] = cost.pair_s, cost.context_s
         record["slowdown"] = spec.slowdown

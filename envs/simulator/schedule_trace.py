@@ -53,6 +53,7 @@ class ScheduleSpec(Config):
     long_prefill_token_threshold: Annotated[int, Field(ge=0)] = Field(
         default=0, description="most tokens of a prefill chunk; 0: no limit"
     )
+    async_scheduling: bool = Field(default=False, description="schedule each step before the one before has ended")
     requests: tuple[ScheduleRequest, ...] = Field(min_length=1, description="the requests")
 
     @model_validator(mode="after")
@@ -73,6 +74,7 @@ def schedule_trace(spec: ScheduleSpec, source: str = "spec") -> Iterator[dict[st
     Yields:
         ``{"step": 0, "scheduled": {"r0": 270}, "preempted": [], "free_blocks": 382}`` for each step from 0 to the one
         that finishes the last request. Free blocks are counted after scheduling, before finished requests are freed.
+        With ``async_scheduling`` what a step computes is known one line later: after the next step is scheduled.
 
     Raises:
         InputError: a request can never fit.
@@ -98,8 +100,7 @@ def schedule_trace(spec: ScheduleSpec, source: str = "spec") -> Iterator[dict[st
             }
             line["preempted"] = [names[r] for r in preempted[: int(engine["preempted_count"])]]
         yield line | {"free_blocks": int(engine["free_blocks"])}
-        if busy:
-            single.finish(memory.cluster, float(step + 1))
+        single.finish(memory.cluster, float(step + 1))
         step += 1
 
 
@@ -128,6 +129,7 @@ def _memory(spec: ScheduleSpec, source: str) -> Memory:
         long_prefill_token_threshold=spec.long_prefill_token_threshold,
         enable_prefix_caching=spec.prefix_caching,
         scheduling_policy=spec.policy,
+        async_scheduling=spec.async_scheduling,
     )
     cost = StepTime(
         fixed_us=1.0, dense_us=TokenCurve(tokens=(1, 2), us=(0.0, 0.0)), prefill_pair_us=0, decode_context_us=0

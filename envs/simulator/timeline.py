@@ -85,7 +85,7 @@ class Timeline:
         cluster, engines = self._cluster, self._cluster.memory.engines
         row = {
             "time_s": float(cluster.environment.now),
-            "running": float(engines["running"].sum()),
+            "running": float((engines["running"] + engines["leaving"]).sum()),
             "waiting": float(engines["waiting"].sum()),
             "kv_usage": float(kv_usage(engines).mean()),
         }

@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sessions": {"workload": {"name": "chat-sessions", "load": 0.9}},
     "faults": {"cluster": BASE["cluster"] | {"random_faults": FAULTS}},
     "lockstep": {"cluster": BASE["cluster"] | {"mode": "lockstep"}},
+    "ahead": {"cluster": BASE["cluster"] | {"engine": {"async_scheduling": True}}},
     "policy_in_python": {"request_policy": f"{__file__}:ShortestFirst"},
     "other_parts": {"reward": {"slowdown": 1.0, "violations": 1.0}, "workload": {"name": "tenants", "load": 0.9}},
 }

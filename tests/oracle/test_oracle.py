@@ -22,13 +22,13 @@ SPECS = 300
 Traces = list[list[dict[str, Any]]]
 
 
-def _specs() -> list[dict[str, Any]]:
+def _specs(ahead: bool) -> list[dict[str, Any]]:
     spec = importlib.util.spec_from_file_location("oracle_specs", HERE / "specs.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return [module.random_spec(seed) for seed in range(SPECS)]
+    return [module.random_spec(seed) | {"async_scheduling": ahead} for seed in range(SPECS)]
 
 
 def _traces(vllm_python: str, folder: Path, specs: list[dict[str, Any]], **environment: str) -> Traces:
@@ -44,15 +44,18 @@ def _traces(vllm_python: str, folder: Path, specs: list[dict[str, Any]], **envir
     return traces
 
 
-@pytest.fixture(scope="module")
-def truth(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Traces:
-    return _traces(vllm_python, tmp_path_factory.mktemp("oracle"), _specs())
+@pytest.fixture(scope="module", params=[False, True], ids=["synchronous", "ahead"])
+def truth(
+    request: pytest.FixtureRequest, vllm_python: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[dict[str, Any]], Traces]:
+    specs = _specs(request.param)
+    return specs, _traces(vllm_python, tmp_path_factory.mktemp("oracle"), specs)
 
 
 @pytest.mark.vllm
-def test_no_step_differs_from_vllm(truth: Traces) -> None:
+def test_no_step_differs_from_vllm(truth: tuple[list[dict[str, Any]], Traces]) -> None:
     differing = []
-    for seed, (spec, expected) in enumerate(zip(_specs(), truth, strict=True)):
+    for seed, (spec, expected) in enumerate(zip(*truth, strict=True)):
         actual = list(schedule_trace(validate(ScheduleSpec, spec, f"seed {seed}")))
         if actual != expected:
             step = next((i for i, pair in enumerate(zip(actual, expected, strict=False)) if pair[0] != pair[1]), -1)
@@ -61,9 +64,9 @@ def test_no_step_differs_from_vllm(truth: Traces) -> None:
 
 
 @pytest.mark.vllm
-def test_the_specs_cover_what_is_hard(truth: Traces) -> None:
-    specs = _specs()
-    assert sum(bool(step["preempted"]) for trace in truth for step in trace) > 500
+def test_the_specs_cover_what_is_hard(truth: tuple[list[dict[str, Any]], Traces]) -> None:
+    specs, traces = truth
+    assert sum(bool(step["preempted"]) for trace in traces for step in trace) > 500
     assert {(spec["policy"], spec["prefix_caching"]) for spec in specs} == {
         (policy, caching) for policy in ("fcfs", "priority") for caching in (False, True)
     }
@@ -74,11 +77,12 @@ def test_the_specs_cover_what_is_hard(truth: Traces) -> None:
 
 
 @pytest.mark.vllm
-def test_our_scheduler_gives_vllm_the_token_budget_of_the_policy(vllm_python: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["synchronous", "ahead"])
+def test_our_scheduler_gives_vllm_the_token_budget_of_the_policy(vllm_python: str, tmp_path: Path, ahead: bool) -> None:
     """A share of the budget schedules what an engine with that budget does, in vLLM as in the simulator."""
     share, policy = 0.4, tmp_path / "policy.json"
     write_policy(policy, PolicySpec.parse(f"chunked,share={share}"))
-    specs = [spec for spec in _specs() if spec["policy"] == "fcfs"][:60]
+    specs = [spec for spec in _specs(ahead) if spec["policy"] == "fcfs"][:60]
     source = {POLICY_VARIABLE: str(policy), "PYTHONPATH": str(HERE.parents[1] / "src")}
     smaller = 0
     for spec, found in zip(specs, _traces(vllm_python, tmp_path, specs, **source), strict=True):
@@ -89,3 +93,18 @@ def test_our_scheduler_gives_vllm_the_token_budget_of_the_policy(vllm_python: st
         smaller += budget < spec["max_num_batched_tokens"] and most == budget
         assert found == list(schedule_trace(validate(ScheduleSpec, spec | {"max_num_batched_tokens": budget}, "spec")))
     assert smaller > 5
+
+
+@pytest.mark.vllm
+def test_our_synchronous_scheduler_refuses_an_engine_that_schedules_ahead(vllm_python: str, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    write_policy(policy, PolicySpec.parse("fcfs"))
+    script = (
+        "import vllm_schedule as v; v.RecordingAsyncScheduler = v.RecordingScheduler; "
+        f"v.make_scheduler({_specs(True)[0]!r}, v.make_model_config())"
+    )
+    path = os.pathsep.join((str(HERE), str(HERE.parents[1] / "src")))
+    environment = os.environ | {POLICY_VARIABLE: str(policy), "PYTHONPATH": path}
+    run = subprocess.run([vllm_python, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 1
+    assert "got RecordingScheduler with --async-scheduling; allowed: PolicyAsyncScheduler" in run.stderr

@@ -14,6 +14,7 @@ Spec
         has `num_blocks - 1` free blocks
     policy: "fcfs" or "priority" (smaller value first);  prefix_caching: bool
     long_prefill_token_threshold: optional, 0 (no limit) by default
+    async_scheduling: optional, false by default
     requests: [{id, arrival_step, prompt: [token ids], output_len, priority, output: optional [token ids]}]
 
 Rules
@@ -29,6 +30,8 @@ Rules
   of the conversation needs it), else a token id that occurs nowhere else. End-of-sequence is ignored: a request ends
   after `output_len` tokens, or when prompt and output reach `max_model_len`.
 - Steps with nothing to do are printed too; the last line is the step that finishes the last request.
+- With `async_scheduling` vLLM's `AsyncScheduler` schedules as `EngineCore.step_with_batch_queue` lets it: what a step
+  computes comes back after the next step is scheduled. The last line is the step scheduled before the last results.
 
 Settings in force (defaults of vLLM 0.32)
 -----------------------------------------
@@ -36,8 +39,7 @@ Chunked prefill on; `scheduler_reserve_full_isl` on (the whole sequence so far m
 a waiting request is admitted); `watermark` 0; `max_num_active_seqs` = `max_num_seqs`; `max_num_scheduled_tokens` =
 `max_num_batched_tokens`; `long_prefill_token_threshold_adaptive` off; `prefill_schedule_interval` 1; sha256 block
 hashes; one full-attention KV cache group whose hash block is the block; no speculative decoding, LoRA, connector,
-encoder or pipeline; the synchronous `Scheduler`, not `AsyncScheduler`. vLLM 0.32 has no limit on concurrent partial
-prefills.
+encoder or pipeline. vLLM 0.32 has no limit on concurrent partial prefills.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,7 @@ from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
@@ -106,14 +110,15 @@ TINY_MODEL = {
 }
 
 
-if "SERVEGYM_POLICY" in os.environ:  # a policy file: our scheduler in place of vLLM's own
+if "SERVEGYM_POLICY" in os.environ:  # a policy file: our schedulers in place of vLLM's own
+    from servegym.engine_bridge.vllm_plugin.scheduler import PolicyAsyncScheduler as Ahead
     from servegym.engine_bridge.vllm_plugin.scheduler import PolicyScheduler as Base
 else:
-    Base = Scheduler
+    Ahead, Base = AsyncScheduler, Scheduler
 
 
-class RecordingScheduler(Base):
-    """vLLM's scheduler, with a record of the order of preemptions (its own output holds an unordered set)."""
+class _Recording:
+    """Mixed in: a record of the order of preemptions (vLLM's own output holds an unordered set)."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -122,6 +127,14 @@ class RecordingScheduler(Base):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self.preempted.append(request.request_id)
+
+
+class RecordingScheduler(_Recording, Base):
+    """vLLM's scheduler."""
+
+
+class RecordingAsyncScheduler(_Recording, Ahead):
+    """vLLM's scheduler one step ahead."""
 
 
 def make_model_config() -> ModelConfig:
@@ -134,7 +147,7 @@ def make_model_config() -> ModelConfig:
 def check_spec(spec: Spec) -> None:
     """Raise `ValueError` for what vLLM's front end refuses and what would never finish: the scheduler trusts both."""
     missing = ENGINE_FIELDS - spec.keys()
-    unknown = spec.keys() - ENGINE_FIELDS - {"long_prefill_token_threshold"}
+    unknown = spec.keys() - ENGINE_FIELDS - {"long_prefill_token_threshold", "async_scheduling"}
     if missing or unknown:
         raise ValueError(f"missing fields {sorted(missing)}, unknown fields {sorted(unknown)}")
     ids = [request["id"] for request in spec["requests"]]
@@ -155,7 +168,7 @@ def check_spec(spec: Spec) -> None:
             raise ValueError(f"request {request['id']}: does not fit into the KV cache, even alone")
 
 
-def make_scheduler(spec: Spec, model_config: ModelConfig) -> RecordingScheduler:
+def make_scheduler(spec: Spec, model_config: ModelConfig) -> RecordingScheduler | RecordingAsyncScheduler:
     """The scheduler of one engine, with one full-attention KV cache group."""
     model_config.max_model_len = spec["max_model_len"]
     vllm_config = VllmConfig(
@@ -179,10 +192,12 @@ def make_scheduler(spec: Spec, model_config: ModelConfig) -> RecordingScheduler:
         or vllm_config.model_config.max_model_len != spec["max_model_len"]
     ):
         raise RuntimeError("vLLM changed the configuration")
+    ahead = spec.get("async_scheduling", False)
+    vllm_config.scheduler_config.async_scheduling = ahead  # after the checks: vLLM's platform for the CPU resets it
     vllm_config.cache_config.num_gpu_blocks = spec["num_blocks"]
     register_all_kvcache_specs(vllm_config)
     attention = FullAttentionSpec(block_size=spec["block_size"], num_kv_heads=1, head_size=1, dtype=torch.float32)
-    return RecordingScheduler(
+    return (RecordingAsyncScheduler if ahead else RecordingScheduler)(
         vllm_config=vllm_config,
         kv_cache_config=KVCacheConfig(
             num_blocks=spec["num_blocks"],
@@ -194,14 +209,19 @@ def make_scheduler(spec: Spec, model_config: ModelConfig) -> RecordingScheduler:
     )
 
 
-def sample(scheduler: Scheduler, output: SchedulerOutput, tokens: dict[str, list[int]]) -> ModelRunnerOutput:
+def computed(scheduler: Scheduler, output: SchedulerOutput) -> set[str]:
+    """The requests of a step that has just been scheduled whose tokens are all computed by it."""
+    return {name for name in output.num_scheduled_tokens if not scheduler.requests[name].is_prefill_chunk}
+
+
+def sample(
+    scheduler: Scheduler, output: SchedulerOutput, done: set[str], tokens: dict[str, list[int]]
+) -> ModelRunnerOutput:
     """What a model runner returns: one token for each request whose tokens are all computed, none for the others."""
-    sampled = []
-    for request_id in output.num_scheduled_tokens:
-        request = scheduler.requests[request_id]
-        done = request.num_computed_tokens == request.num_tokens
-        sampled.append([tokens[request_id][request.num_output_tokens]] if done else [])
     request_ids = list(output.num_scheduled_tokens)
+    sampled = [
+        [tokens[name][scheduler.requests[name].num_output_tokens]] if name in done else [] for name in request_ids
+    ]
     return ModelRunnerOutput(
         req_ids=request_ids,
         req_id_to_index={request_id: index for index, request_id in enumerate(request_ids)},
@@ -233,6 +253,7 @@ def trace(spec: Spec, model_config: ModelConfig) -> Iterator[dict[str, Any]]:
     arrivals.sort(key=lambda request: request.arrival_time)  # stable: list order within a step
     arrivals.reverse()
     step = 0
+    running: deque[tuple[SchedulerOutput, set[str]]] = deque()
     while arrivals or scheduler.get_num_unfinished_requests():
         while arrivals and arrivals[-1].arrival_time <= step:
             scheduler.add_request(arrivals.pop())
@@ -244,10 +265,13 @@ def trace(spec: Spec, model_config: ModelConfig) -> Iterator[dict[str, Any]]:
             "preempted": list(scheduler.preempted),
             "free_blocks": scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
         }
-        idle = not output.num_scheduled_tokens and not scheduler.preempted
+        running.append((output, computed(scheduler, output)))
+        idle = not any(output.num_scheduled_tokens for output, _ in running) and not scheduler.preempted
         if idle and not arrivals and scheduler.get_num_unfinished_requests():
             raise RuntimeError(f"step {step}: the scheduler is stuck")
-        scheduler.update_from_output(output, sample(scheduler, output, tokens))
+        if len(running) > spec.get("async_scheduling", False):
+            output, done = running.popleft()
+            scheduler.update_from_output(output, sample(scheduler, output, done, tokens))
         step += 1
 
 

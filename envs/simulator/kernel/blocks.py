@@ -19,7 +19,7 @@ import numpy as np
 
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import block_at, ints, longs, request_at
-from servegym.envs.simulator.kernel.state import NONE, Engine, State
+from servegym.envs.simulator.kernel.state import DECODE, NONE, Engine, State
 
 PRIVATE = 0  # instead of a hash: the content is no other request's
 PUBLIC = 1 << 30  # flag of an entry of the free queue: the block is in the hash table
@@ -230,6 +230,12 @@ def reset_pools(engines: Any) -> None:
 
 # ---------------------------------------------------------------------------------------------- requests
 @jit
+def in_flight(engine: Engine, request: Any) -> bool:
+    """Scheduling ahead: whether the running step computes a token of a running request."""
+    return request.status == DECODE and request.skipped != engine.tick
+
+
+@jit
 def block_table(engine: Engine, row: int) -> Any:
     """One row of the block tables: the blocks of a running request in order."""
     return ints(engine.block_tables_at + 4 * row * engine.row_length)
@@ -274,9 +280,33 @@ def adopt_prefix(s: State, engine: Engine, r: int, count: int) -> None:
     engine.rows_free -= 1
     row = ints(engine.rows_at)[engine.rows_free]
     request_at(s.requests_at, r).row = row
+    request_at(s.requests_at, r).cached = count
     table = block_table(engine, row)
     for j in range(count):
         touch_block(engine, table[j])
+
+
+@jit
+def cache_blocks(s: State, engine: Engine, r: int, table: Any, first: int, last: int) -> None:
+    """Enter full blocks ``first`` to ``last - 1`` of a request into the prefix cache, private ones apart."""
+    own = request_at(s.requests_at, r).preemptions > 0
+    for j in range(first, last):
+        key = content_hash(s, r, j, engine.block_size)
+        if key == PRIVATE and own:
+            key = own_hash(s, r, j, engine.block_size)
+        if key != PRIVATE:
+            insert_block(engine, key, table[j])
+            block_at(engine.blocks_at, table[j]).refs = 1
+
+
+@jit
+def cache_known(s: State, engine: Engine, r: int, tokens: int) -> None:
+    """Scheduling ahead: cache what is full of the first ``tokens`` tokens, whose values are known."""
+    request = request_at(s.requests_at, r)
+    full = tokens // engine.block_size
+    if full > request.cached:
+        cache_blocks(s, engine, r, block_table(engine, request.row), request.cached, full)
+        request.cached = full
 
 
 @jit
@@ -298,13 +328,11 @@ def grow(s: State, engine: Engine, r: int, computed: int, tokens: int) -> bool:
     table = block_table(engine, request.row)
     for j in range(have, want):
         table[j] = take_block(engine)
-    for j in range(computed // size, (computed + tokens) // size):
-        key = content_hash(s, r, j, size)
-        if key == PRIVATE and request.preemptions > 0:
-            key = own_hash(s, r, j, size)
-        if key != PRIVATE:
-            insert_block(engine, key, table[j])
-            block_at(engine.blocks_at, table[j]).refs = 1
+    if engine.ahead:
+        # A block with a token that is in flight has no hash yet.
+        cache_known(s, engine, r, computed if in_flight(engine, request) else computed + tokens)
+    else:
+        cache_blocks(s, engine, r, table, computed // size, (computed + tokens) // size)
     return True
 
 
@@ -318,10 +346,10 @@ def release(s: State, engine: Engine, r: int, computed: int, preempted: bool) ->
         return
     request = request_at(s.requests_at, r)
     row, table = request.row, block_table(engine, request.row)
-    full = computed // size
+    full = request.cached if engine.ahead else computed // size
     resumed = request.preemptions - preempted > 0  # its private blocks were entered as its own
-    if count > full:
-        _prepend(engine, table[full])
+    for j in range(full, count):  # without hash; the last one is used first
+        _prepend(engine, table[j])
         engine.free_blocks += 1
     for j in range(full - 1, -1, -1):
         block = table[j]

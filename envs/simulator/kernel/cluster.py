@@ -16,25 +16,24 @@ from numba import carray
 
 from servegym.envs.simulator.kernel.arrivals import next_arrival_s, pop_arrival
 from servegym.envs.simulator.kernel.dispatch import choose, fill_view, hand_over, strand, take_telemetry
-from servegym.envs.simulator.kernel.experts.step import expert_step_s, placement_due
 from servegym.envs.simulator.kernel.jit import jit
+from servegym.envs.simulator.kernel.lockstep import advance_lockstep
 from servegym.envs.simulator.kernel.memory import engine_at, floats
 from servegym.envs.simulator.kernel.progress import settle_integrals
-from servegym.envs.simulator.kernel.state import IDLE, NONE, READY, STEP_STEADY, State
-from servegym.envs.simulator.kernel.step import NEEDS_ORDER, NOTHING_TO_DO, begin_step, finish_step
+from servegym.envs.simulator.kernel.state import GROUNDED, IDLE, IN_FLIGHT, NONE, READY, STEP_STEADY, State
+from servegym.envs.simulator.kernel.step import (
+    NEEDS_ORDER,
+    NOTHING_TO_DO,
+    ask_for_placement,
+    begin_step,
+    finish_step,
+    land,
+    step_s,
+    take_off,
+)
 
 # Why `advance` returned.
 DONE, HORIZON, DISPATCH, ORDER, PLACEMENT, NOT_A_NUMBER = range(6)
-
-
-@jit
-def _ask_for_placement(s: State, group: int, now: float) -> bool:
-    """Whether the step at ``now`` must wait for the group's expert policy."""
-    if not placement_due(s, group):
-        return False
-    s.placement_group = group
-    s.placement_s = now
-    return True
 
 
 @jit
@@ -43,10 +42,14 @@ def _advance_engine(s: State, e: int, limit: float) -> bool:
     engine = engine_at(s.engines_at, e)
     while floats(s.event_s_at)[e] < limit:
         now = floats(s.event_s_at)[e]
+        if engine.ahead:
+            if not _advance_ahead(s, e, now):
+                return False
+            continue
         if engine.activity >= STEP_STEADY:
             finish_step(s, engine, now)
             engine.activity = READY
-        if engine.group != NONE and _ask_for_placement(s, engine.group, now):
+        if engine.group != NONE and ask_for_placement(s, engine.group, now):
             return False
         duration = begin_step(s, engine, now)
         if duration == NEEDS_ORDER:
@@ -62,78 +65,35 @@ def _advance_engine(s: State, e: int, limit: float) -> bool:
 
 
 @jit
-def _finish_ranks(s: State, now: float) -> None:
-    for e in range(s.engine_count):
-        engine = engine_at(s.engines_at, e)
-        if engine.activity >= STEP_STEADY:
-            finish_step(s, engine, now)
-            engine.activity = READY
+def _advance_ahead(s: State, e: int, now: float) -> bool:
+    """End the running step, begin the one that was scheduled ahead, and schedule the next one; False as above.
 
-
-@jit
-def _begin_ranks(s: State, now: float) -> bool:
-    """Schedule the common step of all ranks; False if one waits for an external order of its queue."""
-    for e in range(s.engine_count):
-        engine = engine_at(s.engines_at, e)
-        if engine.activity == READY and engine.alive:
-            duration = begin_step(s, engine, now)
-            if duration == NEEDS_ORDER:
+    At an idle engine, the first step is scheduled and begins at once.
+    """
+    engine = engine_at(s.engines_at, e)
+    if engine.flight == IN_FLIGHT:
+        land(s, engine, now)
+    if engine.flight == GROUNDED:
+        if engine.group != NONE and ask_for_placement(s, engine.group, now):
+            return False
+        if engine.activity == READY:
+            scheduled = begin_step(s, engine, now)
+            if scheduled == NEEDS_ORDER:
                 s.order_engine = e
                 return False
-            if duration == NOTHING_TO_DO:
+            if scheduled == NOTHING_TO_DO:
                 engine.activity = IDLE
-    return True
-
-
-@jit
-def _common_step_s(s: State) -> float:
-    """Duration of the step that the ranks have begun: the slowest one's own layers, then the MoE layers of all.
-
-    Ranks without work run a dummy batch of one token. NOTHING_TO_DO if no rank has work.
-    """
-    working, tokens, slowest = 0, 0, 0.0
-    for e in range(s.engine_count):
-        engine = engine_at(s.engines_at, e)
-        if not engine.alive:
-            continue
-        if engine.activity >= STEP_STEADY:
-            working += 1
-            tokens += engine.step_tokens
-            slowest = max(slowest, engine.step_local_s * engine.slowdown)
-        else:
-            dummy = engine.fixed_s + engine.sequence_s + floats(engine.local_cost_at)[1]
-            tokens += 1
-            slowest = max(slowest, dummy * engine.slowdown)
-    if working == 0:
-        return NOTHING_TO_DO
-    if s.groups_at != 0:
-        return slowest + expert_step_s(s, 0)
-    return slowest + floats(engine_at(s.engines_at, 0).moe_cost_at)[tokens]
-
-
-@jit
-def _advance_lockstep(s: State, limit: float) -> bool:
-    """Run the common steps of all ranks before ``limit``; False if they wait for a policy outside of the kernel."""
-    while s.stepping and s.step_s < limit:
-        now = s.step_s
-        if s.stepping == 1:
-            _finish_ranks(s, now)
-            s.stepping = 2
-        if s.groups_at != 0 and _ask_for_placement(s, 0, now):
-            return False
-        if not _begin_ranks(s, now):
-            return False
-        duration = _common_step_s(s)
-        if duration == NOTHING_TO_DO:
-            s.stepping = 0
-            s.step_s = math.inf
-            return True
-        s.stepping = 1
-        s.step_s = now + duration
-        for e in range(s.engine_count):
-            if engine_at(s.engines_at, e).activity >= STEP_STEADY:
-                engine_at(s.engines_at, e).busy_s += duration
-                floats(s.event_s_at)[e] = s.step_s
+                floats(s.event_s_at)[e] = math.inf
+                return True
+        duration = step_s(s, engine)
+        engine.step_end_s = now + duration
+        engine.busy_s += duration
+        take_off(s, engine, now)
+    if begin_step(s, engine, now) == NEEDS_ORDER:
+        s.order_engine = e
+        return False
+    engine.flight = IN_FLIGHT
+    floats(s.event_s_at)[e] = engine.step_end_s
     return True
 
 
@@ -143,7 +103,7 @@ def _advance_engines(s: State, limit: float) -> bool:
     if s.lockstep:
         if s.closed_loop and s.stepping:
             limit = min(limit, max(s.step_s + s.shortest_think_s, np.nextafter(s.step_s, math.inf)))
-        return _advance_lockstep(s, limit)
+        return advance_lockstep(s, limit)
     if s.closed_loop:
         first = math.inf
         for e in range(s.engine_count):

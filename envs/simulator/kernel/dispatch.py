@@ -89,7 +89,7 @@ def _measure(s: State, e: int, time: float, slot: int) -> None:
     engine, sample = engine_at(s.engines_at, e), telemetry_at(s.telemetry_at, slot * s.engine_count + e)
     sample.time_s = time
     sample.waiting = engine.waiting
-    sample.running = engine.running
+    sample.running = engine.running + engine.leaving
     sample.kv_usage = 1.0 - engine.free_blocks / (engine.num_blocks - 1)
     sample.moe_pressure = pressure(experts_at(s.groups_at, engine.group), e) if s.groups_at != 0 else 1.0
     sample.dispatched = engine.dispatched

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from servegym.envs.simulator.kernel.arrivals import push_later
-from servegym.envs.simulator.kernel.blocks import clear_cache, reset_pool
+from servegym.envs.simulator.kernel.blocks import clear_cache, in_flight, reset_pool
 from servegym.envs.simulator.kernel.dispatch import rescue
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import engine_at, floats, ints, longs, request_at
@@ -15,12 +15,16 @@ from servegym.envs.simulator.kernel.progress import NEVER, mark_changed, settle_
 from servegym.envs.simulator.kernel.served import forget_served
 from servegym.envs.simulator.kernel.state import (
     DECODE,
+    GROUNDED,
     IDLE,
+    IN_FLIGHT,
+    LEAVING,
     NONE,
     ORDER_PRIORITY,
     ORDER_STATIC,
     PENDING,
     READY,
+    WAITING,
     Engine,
     State,
 )
@@ -32,6 +36,8 @@ def _lose(s: State, engine: Engine, r: int, now: float) -> None:
     request = request_at(s.requests_at, r)
     if request.status == DECODE:
         request.generated = engine.tick - request.tick0
+    if engine.ahead and (request.status == LEAVING or in_flight(engine, request)):
+        request.generated -= 1  # computed by the step that does not end
     request.status = PENDING
     request.computed = 0
     request.row = NONE
@@ -73,6 +79,13 @@ def kill(cluster: Any, e: int, now: float) -> None:
     s = cluster[0]
     engine = engine_at(s.engines_at, e)
     settle_integrals(s, engine, now)
+    if engine.flight == IN_FLIGHT:
+        for i in range(engine.preempted_count):
+            request = request_at(s.requests_at, ints(engine.preempted_at)[i])
+            if request.status == WAITING and request.skipped != engine.tick:
+                request.generated -= 1
+    for i in range(engine.leaving):
+        _lose(s, engine, ints(engine.leaving_at)[i], now)
     for i in range(engine.running):
         _lose(s, engine, ints(engine.running_at)[i], now)
     _lose_list(s, engine, engine.front, now)
@@ -83,6 +96,8 @@ def kill(cluster: Any, e: int, now: float) -> None:
     engine.queue_head = engine.queue_tail = engine.front = engine.heap = NONE
     engine.running = engine.decoding = engine.context = engine.waiting = 0
     engine.blocked = engine.ordered = 0
+    engine.firsts = engine.leaving = engine.starved = engine.drained = 0
+    engine.flight = GROUNDED
     engine.picked = engine.pick_budget = NONE
     engine.next_finish = NEVER
     for i in range(engine.block_size):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from servegym.envs.simulator.kernel.arrivals import end_turn, log_event
-from servegym.envs.simulator.kernel.blocks import release
+from servegym.envs.simulator.kernel.blocks import in_flight, release
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import ints, longs, request_at
 from servegym.envs.simulator.kernel.queues import push_preempted
 from servegym.envs.simulator.kernel.served import charge
-from servegym.envs.simulator.kernel.state import DECODE, FINISHED, NONE, Engine, State
+from servegym.envs.simulator.kernel.state import DECODE, FINISHED, LEAVING, NONE, Engine, State
 
 NEVER = np.iinfo(np.int64).max
 _EWMA = 0.1  # weight of the newest sample in the router's latency averages
@@ -70,6 +70,7 @@ def start_decoding(s: State, engine: Engine, r: int, tick0: int) -> None:
     request = request_at(s.requests_at, r)
     request.status = DECODE
     request.tick0 = tick0
+    request.skipped = NONE
     engine.decoding += 1
     engine.context += request.prompt + engine.tick - tick0
     engine.next_finish = min(engine.next_finish, tick0 + request.output)
@@ -91,10 +92,19 @@ def stop_decoding(s: State, engine: Engine, r: int) -> None:
 
 
 @jit
-def preempt(s: State, engine: Engine, r: int) -> None:
-    """Free a running request's blocks and put it back to the queue; the caller takes it off the running list."""
+def preempt(s: State, engine: Engine, r: int, taken: int) -> None:
+    """Free a running request's blocks and put it back to the queue; the caller takes it off the running list.
+
+    Args:
+        s: the cluster.
+        engine: the engine.
+        r: the request.
+        taken: its tokens that were scheduled in this step already, for which it holds blocks.
+    """
     request = request_at(s.requests_at, r)
-    computed = computed_tokens(s, engine, r)
+    computed = computed_tokens(s, engine, r) + taken
+    if not in_flight(engine, request):
+        request.skipped = engine.tick
     if request.status == DECODE:
         stop_decoding(s, engine, r)
     request.preemptions += 1
@@ -123,10 +133,33 @@ def first_token(s: State, engine: Engine, r: int, now: float) -> None:
 
 
 @jit
-def finish_request(s: State, engine: Engine, r: int, now: float) -> None:
-    """Account for a finished request, whose last token needs no KV; its blocks go back."""
+def conclude(s: State, engine: Engine, r: int, now: float, place: int) -> None:
+    """End a request with its last token, or, scheduling ahead, have it wait for the end of the step.
+
+    Args:
+        s: the cluster.
+        engine: the engine.
+        r: the request, no longer among those that decode; its last token needs no KV.
+        now: the time.
+        place: requests before it on the running list, which the caller takes it off.
+    """
     request = request_at(s.requests_at, r)
-    release(s, engine, r, request.prompt + request.output - 1, False)
+    if not engine.ahead:
+        release(s, engine, r, request.prompt + request.output - 1, False)
+        finish_request(s, engine, r, now)
+        return
+    request.status = LEAVING
+    if s.serving:
+        charge(s, engine, r, request.output)
+    ints(engine.leaving_at)[engine.leaving] = r
+    ints(engine.leaving_place_at)[engine.leaving] = place
+    engine.leaving += 1
+
+
+@jit
+def finish_request(s: State, engine: Engine, r: int, now: float) -> None:
+    """Account for a finished request, whose blocks have gone back."""
+    request = request_at(s.requests_at, r)
     request.status = FINISHED
     request.generated = request.output
     if s.serving:
@@ -162,6 +195,8 @@ def true_output_tokens(s: State, engine: Engine) -> int:
     for i in range(engine.running):
         r = ints(engine.running_at)[i]
         tokens -= total_tokens(s, engine, r) - request_at(s.requests_at, r).prompt
+    for i in range(engine.leaving):
+        tokens -= request_at(s.requests_at, ints(engine.leaving_at)[i]).output
     return tokens
 
 
@@ -178,17 +213,24 @@ def place_running(s: State, engine: Engine, r: int, position: int) -> None:
 
 
 @jit
-def advance_prefill(s: State, engine: Engine, r: int, tokens: int, now: float) -> bool:
-    """Apply a chunk of prefill; with the last one a token is generated. True if that ends the request."""
+def advance_prefill(s: State, engine: Engine, r: int, tokens: int, now: float, place: int) -> bool:
+    """Apply a chunk of prefill; with the last one a token is generated. True if that ends the request.
+
+    ``place`` is as in :func:`conclude`.
+    """
     request = request_at(s.requests_at, r)
     request.computed += tokens
     if tokens == 0 or request.computed < request.prompt + request.generated:
         return False
     request.generated += 1
     if request.generated == 1:
-        first_token(s, engine, r, now)
+        if engine.ahead:
+            ints(engine.firsts_at)[engine.firsts] = r
+            engine.firsts += 1
+        else:
+            first_token(s, engine, r, now)
     if request.generated >= request.output:
-        finish_request(s, engine, r, now)
+        conclude(s, engine, r, now, place)
         return True
     start_decoding(s, engine, r, engine.tick - request.generated)
     return False

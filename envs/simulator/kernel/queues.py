@@ -158,7 +158,7 @@ def fill_context_row(s: State, engine: Engine, now: float) -> None:
     """Write the ``C_*`` entries of an engine into the scratch row."""
     row = context_row(s)
     row[C_NOW_S] = now
-    row[C_RUNNING] = engine.running
+    row[C_RUNNING] = engine.running + engine.leaving
     row[C_MAX_NUM_SEQS] = engine.max_num_seqs
     row[C_FREE_BLOCKS] = engine.free_blocks
     row[C_TOTAL_BLOCKS] = engine.num_blocks - 1

@@ -6,6 +6,7 @@ here; what remains, most steps of most runs, is ``steady.py``.
 
 from __future__ import annotations
 
+from servegym.envs.simulator.kernel.ahead import leaving_victim, preempt_leaving
 from servegym.envs.simulator.kernel.blocks import adopt_prefix, cached_prefix, evictable, grow
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import floats, ints, longs, request_at
@@ -14,7 +15,7 @@ from servegym.envs.simulator.kernel.progress import (
     advance_prefill,
     block_phase,
     computed_tokens,
-    finish_request,
+    conclude,
     place_running,
     preempt,
     settle_integrals,
@@ -27,10 +28,13 @@ from servegym.envs.simulator.kernel.state import DECODE, NONE, PREFILL, Engine, 
 
 @jit
 def _victim(s: State, engine: Engine) -> int:
-    """Position on the running list of the request to preempt."""
-    last = engine.running - 1
+    """Position on the running list of the request to preempt; -1 minus that among those that leave, if it is one."""
+    if engine.leaving > 0:
+        leaving = leaving_victim(s, engine)
+        if leaving != NONE:
+            return -1 - leaving
     if not engine.priority_preemption:
-        return last
+        return engine.running - 1
     best = 0
     for i in range(1, engine.running):
         a = request_at(s.requests_at, ints(engine.running_at)[i])
@@ -48,15 +52,8 @@ def _remove_running(s: State, engine: Engine, position: int) -> None:
         ints(engine.phase_of_at)[i] = ints(engine.phase_of_at)[i + 1]
         longs(engine.end_of_at)[i] = longs(engine.end_of_at)[i + 1]
     engine.running -= 1
-
-
-@jit
-def _undo_decode(s: State, engine: Engine, r: int) -> None:
-    """Turn a decoding request that was already scheduled in this step into one with its new block counted."""
-    computed = computed_tokens(s, engine, r)
-    stop_decoding(s, engine, r)
-    request_at(s.requests_at, r).status = PREFILL
-    request_at(s.requests_at, r).computed = computed + 1
+    for i in range(engine.leaving):
+        ints(engine.leaving_place_at)[i] -= ints(engine.leaving_place_at)[i] > position
 
 
 @jit
@@ -80,15 +77,13 @@ def schedule_running(s: State, engine: Engine, budget: int, threshold: int) -> i
         fits = grow(s, engine, r, computed, tokens)
         while not fits:
             position = _victim(s, engine)
+            if position < 0:
+                preempt_leaving(s, engine, -1 - position)
+                fits = grow(s, engine, r, computed, tokens)
+                continue
             victim = ints(engine.running_at)[position]
             taken = ints(engine.scheduled_at)[position] if position < i else 0
-            if taken > 0:
-                # Its blocks were grown for this step already.
-                if request_at(s.requests_at, victim).status == DECODE:
-                    _undo_decode(s, engine, victim)
-                else:
-                    request_at(s.requests_at, victim).computed += taken
-            preempt(s, engine, victim)
+            preempt(s, engine, victim, taken)
             _remove_running(s, engine, position)
             budget += taken
             if position < i:
@@ -110,7 +105,7 @@ def schedule_waiting(s: State, engine: Engine, budget: int, threshold: int) -> i
         the token budget that is left, or, while an agent must choose who is next, -1 minus it.
     """
     size = engine.block_size
-    while budget > 0 and engine.waiting > 0 and engine.running < engine.max_num_seqs:
+    while budget > 0 and engine.waiting > 0 and engine.running + engine.leaving < engine.max_num_seqs:
         if needs_pick(engine):
             return -1 - budget
         r = peek_waiting(s, engine)
@@ -196,11 +191,14 @@ def finish_mixed_step(s: State, engine: Engine, now: float) -> None:
                 request.tick0 += 1
                 ints(engine.phases_at)[block_phase(s, engine, r)] += 1
                 engine.context -= 1
+                if engine.ahead:
+                    request.skipped = engine.tick
+                    engine.starved = 1
             if request.tick0 + request.output <= engine.tick:
                 stop_decoding(s, engine, r)
-                finish_request(s, engine, r, now)
+                conclude(s, engine, r, now, kept)
                 continue
-        elif advance_prefill(s, engine, r, tokens, now):
+        elif advance_prefill(s, engine, r, tokens, now, kept):
             continue
         if request.status == DECODE:
             next_finish = min(next_finish, request.tick0 + request.output)

@@ -7,8 +7,8 @@ from typing import Any
 from servegym.envs.simulator.kernel.dispatch import hand_over
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import engine_at
-from servegym.envs.simulator.kernel.state import IDLE
-from servegym.envs.simulator.kernel.step import begin_step, finish_step
+from servegym.envs.simulator.kernel.state import IDLE, IN_FLIGHT, STEP_STEADY
+from servegym.envs.simulator.kernel.step import begin_step, finish_step, land, take_off
 
 
 @jit
@@ -26,8 +26,15 @@ def begin(cluster: Any, now: float) -> float:
 
 @jit
 def finish(cluster: Any, now: float) -> None:
-    """Finish the step of engine 0."""
+    """Finish the step of engine 0; scheduling ahead, the step before, so that the scheduled one begins."""
     s = cluster[0]
     engine = engine_at(s.engines_at, 0)
-    finish_step(s, engine, now)
+    if engine.ahead:
+        if engine.flight == IN_FLIGHT:
+            land(s, engine, now)
+        if engine.activity >= STEP_STEADY:
+            take_off(s, engine, now)
+            engine.flight = IN_FLIGHT
+    elif engine.activity >= STEP_STEADY:
+        finish_step(s, engine, now)
     engine.activity = IDLE

@@ -14,14 +14,17 @@ State: TypeAlias = Any  # a CLUSTER record, as compiled functions take it
 Engine: TypeAlias = Any  # an ENGINE record
 Experts: TypeAlias = Any  # an EXPERTS record
 
-# Status of a request.
-PENDING, WAITING, PREFILL, DECODE, FINISHED = range(5)
+# Status of a request; one that leaves has its last token in the running step, which was scheduled ahead.
+PENDING, WAITING, PREFILL, DECODE, FINISHED, LEAVING = range(6)
 
 # Order of a waiting queue.
 ORDER_FCFS, ORDER_PRIORITY, ORDER_STATIC, ORDER_DYNAMIC, ORDER_EXTERNAL, ORDER_PICK = range(6)
 
 # What an engine is doing: nothing, about to schedule, a common step, a step scheduled request by request.
 IDLE, READY, STEP_STEADY, STEP_MIXED = range(4)
+
+# Scheduling ahead: no step runs; one runs and the next is scheduled; one has begun and the next is to be scheduled.
+GROUNDED, IN_FLIGHT, TAKEN_OFF = range(3)
 
 NONE = -1
 
@@ -69,6 +72,9 @@ REQUEST = np.dtype(
         ("link", "i4"),  # next in a queue, or next sibling in a heap
         ("heap_child", "i4"),
         ("status", "i4"),
+        # Scheduling ahead only.
+        ("cached", "i4"),  # leading blocks that the prefix cache has been told of
+        ("skipped", "i8"),  # engine tick after a step that left it out: no token of it is in flight then
     ],
     align=True,
 )
@@ -108,6 +114,7 @@ ENGINE = np.dtype(
         ("long_prefill_threshold", "i8"),
         ("priority_preemption", "i8"),  # victim by (priority, arrival), as vLLM's priority policy
         ("order", "i8"),
+        ("ahead", "i8"),  # asynchronous scheduling
         # Cost.
         ("slowdown", "f8"),  # factor on the duration of each step
         ("fixed_s", "f8"),
@@ -150,6 +157,16 @@ ENGINE = np.dtype(
             "i8",
         ),  # i8 (S,) tick at which each decoding request finishes, beside its place on the running list
         ("phase_of_at", "i8"),  # i4 (S,) that phase of each running request, NONE while it does not decode
+        # Scheduling ahead only, see ahead.py. `activity` is that of the scheduled step, not of the running one.
+        ("flight", "i8"),
+        ("step_end_s", "f8"),  # of the running step
+        ("firsts", "i8"),
+        ("firsts_at", "i8"),  # i4 (S,) requests whose first token the running step computes
+        ("leaving", "i8"),
+        ("leaving_at", "i8"),  # i4 (S,) requests whose last token it computes, in running order
+        ("leaving_place_at", "i8"),  # i4 (S,) running requests before each of them, NONE for one that was preempted
+        ("starved", "i8"),  # the running step leaves out decoding requests
+        ("drained", "i8"),  # lockstep: nothing was scheduled ahead, so that the rank runs a dummy batch
         # Prefix caching only.
         ("blocks_at", "i8"),  # BLOCK (B,)
         ("untouched", "i8"),  # the first block that was never used; free, as are all above it
@@ -194,7 +211,9 @@ CLUSTER = np.dtype(
         ("seed", "i8"),
         ("lockstep", "i8"),
         ("step_s", "f8"),  # lockstep: end of the step of all ranks
+        # Lockstep: 0 no step, 1 it runs, 2 it is to begin, 3 it has begun and the next one is to be scheduled.
         ("stepping", "i8"),
+        ("step_end_s", "f8"),  # lockstep, scheduling ahead: end of the step that has begun
         ("external_dispatch", "i8"),
         ("pending", "i8"),  # request that waits for a dispatch decision
         ("engine_nan", "i8"),  # the compiled engine policy gave no number, only NaN

@@ -14,7 +14,7 @@ from servegym.envs.simulator.kernel.progress import (
     NEVER,
     advance_prefill,
     computed_tokens,
-    finish_request,
+    conclude,
     place_running,
     settle_integrals,
     stop_decoding,
@@ -42,9 +42,11 @@ def schedule_steady(s: State, engine: Engine, threshold: int) -> int:
     size = engine.block_size
     decoding = engine.decoding
     budget = engine.max_num_batched_tokens - decoding
-    if budget < 0:
+    if budget < 0 or (engine.starved and engine.prefix_caching):
         return -1
-    starting, filling = (-engine.tick) % size, (-1 - engine.tick) % size  # phases that begin and complete a block
+    # Phases that begin and complete a block. Scheduling ahead, a block is cached once its last token is known.
+    starting = (-engine.tick) % size
+    filling = starting if engine.ahead else (-1 - engine.tick) % size
     needed = ints(engine.phases_at)[starting]
     if engine.running > decoding:
         for i in range(decoding):
@@ -115,7 +117,7 @@ def finish_steady_step(s: State, engine: Engine, now: float) -> None:
             r, end = ints(engine.running_at)[i], longs(engine.end_of_at)[i]
             if end <= engine.tick:
                 stop_decoding(s, engine, r)
-                finish_request(s, engine, r, now)
+                conclude(s, engine, r, now, kept)
             else:
                 next_finish = min(next_finish, end)
                 ints(engine.running_at)[kept] = r
@@ -125,7 +127,7 @@ def finish_steady_step(s: State, engine: Engine, now: float) -> None:
         engine.next_finish = next_finish
     for i in range(decoding, running):
         r = ints(engine.running_at)[i]
-        if advance_prefill(s, engine, r, ints(engine.scheduled_at)[i], now):
+        if advance_prefill(s, engine, r, ints(engine.scheduled_at)[i], now, kept):
             continue
         place_running(s, engine, r, kept)
         kept += 1

@@ -106,7 +106,7 @@ def test_steps_scheduled_ahead_are_matched_to_their_results(path: Path) -> None:
     lines = path.read_text().splitlines()[1:]
     assert [line.split()[:3] for line in lines] == [
         ["1.0000000", "1.2000000", "1"],
-        ["1.1000000", "1.3000000", "0"],
+        ["1.2000000", "1.3000000", "0"],  # it began when the first one ended
     ]
 
 

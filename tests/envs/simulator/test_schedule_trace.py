@@ -91,6 +91,7 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
         "policy": draw(st.sampled_from(["fcfs", "priority"])),
         "prefix_caching": draw(st.booleans()),
         "long_prefill_token_threshold": draw(st.sampled_from([0, 0, 7])),
+        "async_scheduling": draw(st.booleans()),
         "requests": [
             {
                 "id": f"r{i}",
