@@ -20,8 +20,10 @@ error through a shared encoder would drown it.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
@@ -30,6 +32,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
+from servegym.agents.network_kernels import embed_and_pool, score
 from servegym.agents.priors import PRIORS, Prior
 from servegym.engine_bridge.decisions import DISPATCH, Decisions
 
@@ -46,10 +49,8 @@ class Encoder(nn.Module):
 
     def forward(self, items: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the embeddings, shape (batch, candidates, width), and the pooled vector, shape (batch, 2 width)."""
-        hidden = torch.relu(self.item(items) + self.context(context).unsqueeze(-2)) * mask.unsqueeze(-1)
-        mean = hidden.sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1.0)
-        # Embeddings are never negative, so that the zero rows of absent candidates leave the maximum as it is.
-        return hidden, torch.cat([mean, hidden.amax(-2)], dim=-1)
+        hidden, pooled = embed_and_pool(self.item(items), self.context(context), mask)
+        return hidden, pooled.flatten(1)
 
 
 class Actor(nn.Module):
@@ -73,10 +74,10 @@ class Actor(nn.Module):
             mask: 1.0 where a candidate may be chosen, else 0.0, shape (batch, candidates).
         """
         hidden, pooled = self.encoder(items, context, mask)
-        scored = self.hidden(hidden)
+        shared = pooled.new_zeros((len(pooled), self.hidden.out_features))
         if self.pooled is not None:
-            scored = scored + self.pooled(pooled).unsqueeze(-2)
-        logits = (self.head(torch.relu(scored)) + self.prior(items)).squeeze(-1)
+            shared = self.pooled(pooled)
+        logits = score(self.hidden(hidden), shared, self.head.weight[0]) + self.prior(items).squeeze(-1)
         return torch.where(mask > 0, logits, MASKED_LOGIT)
 
     def observed(self, observation: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,14 +139,65 @@ class _Observation(BaseFeaturesExtractor):
         return observation
 
 
+class UncheckedCategorical:
+    """What Stable-Baselines3 asks of ``torch.distributions.Categorical``, without its checks of every argument.
+
+    Args:
+        logits: not normalised, shape (batch, actions).
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self._given = logits
+        self.apply_masking(None)
+
+    def apply_masking(self, masks: npt.NDArray[Any] | Tensor | None) -> None:
+        """Allow the actions alone that the masks hold, shape (batch, actions); None: all."""
+        logits = self._given
+        if masks is not None:
+            logits = torch.where(torch.as_tensor(masks, dtype=torch.bool).reshape(logits.shape), logits, MASKED_LOGIT)
+        self._masked = logits
+        for name in ("logits", "probs"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Logarithms of the probabilities, shape (batch, actions)."""
+        return torch.log_softmax(self._masked, dim=-1)
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """Probabilities, shape (batch, actions)."""
+        return self.logits.exp()
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Return the logarithms of the probabilities of actions, shape (batch,)."""
+        return self.logits.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        """Return the entropies, shape (batch,), nats."""
+        return -(self.probs * self.logits).sum(-1)
+
+    def sample(self) -> Tensor:
+        """Return an action each, shape (batch,): as ``torch.multinomial`` draws them, from the same random numbers."""
+        return (self.probs / torch.empty_like(self.probs).exponential_()).argmax(-1)
+
+
 class _Categorical(CategoricalDistribution):
     def proba_distribution_net(self, latent_dim: int) -> nn.Module:
         return nn.Identity()  # the actor's output are the logits already
+
+    def proba_distribution(self, action_logits: Tensor) -> _Categorical:
+        self.distribution = UncheckedCategorical(action_logits)
+        return self
 
 
 class _MaskableCategorical(MaskableCategoricalDistribution):
     def proba_distribution_net(self, latent_dim: int) -> nn.Module:
         return nn.Identity()
+
+    def proba_distribution(self, action_logits: Tensor) -> _MaskableCategorical:
+        self.distribution = UncheckedCategorical(action_logits)  # type: ignore[assignment]
+        return self
 
 
 class _Policy:
@@ -164,10 +216,17 @@ class _Policy:
         prior: Prior,
         prior_scale: float,
         decisions: Decisions = DISPATCH,
+        entropy_bonus: bool = True,
         **kwargs: Any,
     ) -> None:
         self._network = (decisions, width, prior, prior_scale)  # `super().__init__` builds the network
-        super().__init__(*args, features_extractor_class=_Observation, **kwargs)  # type: ignore[call-arg]
+        self._entropy_bonus = entropy_bonus
+        super().__init__(  # type: ignore[call-arg]
+            *args,
+            features_extractor_class=_Observation,
+            optimizer_kwargs={"eps": 1e-5, "fused": True},  # one call for all weights; eps is Stable-Baselines3's
+            **kwargs,
+        )
 
     @property
     def actor(self) -> Actor:
@@ -182,6 +241,15 @@ class _Policy:
         self.action_dist = self._distribution(int(self.action_space.n))
         super()._build(lr_schedule)  # type: ignore[misc]  # orthogonal initialisation, value head, optimizer
         self.actor.start_from(*self._network[2:])
+
+    def extract_features(self, obs: dict[str, Tensor], features_extractor: Any = None) -> dict[str, Tensor]:
+        """Return the observation as it is, in float32."""
+        return {key: part.float() for key, part in obs.items()}
+
+    def evaluate_actions(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """As Stable-Baselines3's; without a bonus, the entropy is for the logs alone and has no gradient."""
+        values, log_prob, entropy = super().evaluate_actions(*args, **kwargs)  # type: ignore[misc]
+        return values, log_prob, entropy if self._entropy_bonus else entropy.detach()
 
 
 class SetPolicy(_Policy, ActorCriticPolicy):

@@ -37,6 +37,10 @@ class LocalExecutor:
         """Yield each unit with its result; see :class:`~servegym.agents.execution.executor.Executor`."""
         few = self._workers == 1 or len(units) <= 1
         here = len(units) if few else int(self._probe and self._pool is None)
+        if here and not few:  # they import what the work needs while this process runs the first unit
+            pool = self._started(len(units) - here)
+            for _ in range(self._workers):
+                pool.submit(_ready, function)
         for unit in units[:here]:
             yield unit, function(shared, unit)
         left = dict(enumerate(units[here:]))
@@ -74,6 +78,10 @@ class LocalExecutor:
         pool.shutdown(wait=not at_once, cancel_futures=at_once)
         for process in processes if at_once else ():
             process.terminate()
+
+
+def _ready(function: Callable[..., object]) -> None:
+    """Nothing more: a process that is handed a function has imported its module."""
 
 
 def _ignore_interrupts() -> None:

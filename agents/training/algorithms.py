@@ -48,7 +48,8 @@ def make_model(config: TrainConfig, envs: EpisodeVecEnv) -> Any:
             "discount_rate_per_s": settings.discount_rate_per_s,
             "group": settings.paired_envs,
         },
-        policy_kwargs=network.model_dump() | {"decisions": config.task.decisions},
+        policy_kwargs=network.model_dump()
+        | {"decisions": config.task.decisions, "entropy_bonus": settings.ent_coef > 0.0},
         seed=config.seed,
         device="cpu",  # networks this small are slower on a GPU
     )

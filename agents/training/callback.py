@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, cast
 
@@ -68,6 +69,7 @@ class TrainingCallback(BaseCallback):
         return cast(Actor, self.model.policy.actor)
 
     def _on_rollout_start(self) -> None:
+        self._check()
         fresh = self.num_timesteps != self._resumed_at  # a checkpoint comes after all else that belongs to its step
         if fresh and self._passed(self._config.evaluation.every_steps):
             self._evaluate()
@@ -79,6 +81,7 @@ class TrainingCallback(BaseCallback):
     def _on_training_end(self) -> None:
         if self.num_timesteps == self._resumed_at:
             return
+        self._check()
         self._evaluate()
         self.state = checkpoint.capture(self.model, self._envs, self.best.best_objective)
         self.save()
@@ -129,6 +132,13 @@ class TrainingCallback(BaseCallback):
                 self.logger.record(f"rollout/{name}", value)
             self._last_return = means["return"]
         self._progress.trained(self.num_timesteps, self._last_return, self._last_ratio)
+
+    def _check(self) -> None:
+        """Raise FloatingPointError once an update has broken the network: its distribution is not checked elsewhere."""
+        if not math.isfinite(entropy := self._entropy()):
+            raise FloatingPointError(
+                f"the policy's entropy after {self.num_timesteps} steps is {entropy}; a lower learning_rate may help"
+            )
 
     @torch.no_grad()
     def _entropy(self) -> float:

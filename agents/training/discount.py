@@ -53,6 +53,9 @@ class _TimedAdvantages:
         self.discounts[self.pos] = np.exp(-self._rate * self._last_elapsed_s)
         super().add(*args, **kwargs)  # type: ignore[misc]
 
+    def to_torch(self, array: npt.NDArray[Any], copy: bool = True) -> torch.Tensor:
+        return torch.from_numpy(array)  # batches are copies already, made by indexing
+
     def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: npt.NDArray[np.bool_]) -> None:
         next_values = last_values.cpu().numpy().flatten()
         alive = 1.0 - dones.astype(np.float32)

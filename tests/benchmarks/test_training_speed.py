@@ -36,17 +36,22 @@ def _timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., An
 
 
 def _split(config: TrainConfig) -> dict[str, float]:
-    """Microseconds a step: all, the environments, the update, and the rest, most of it the network's decisions."""
+    """Seconds a step: all, the environments, the update, and the rest, most of it the network's decisions.
+
+    Of the whole also the CPU time, which says what the others are worth on a machine with other work.
+    """
     envs = EpisodeVecEnv(partial(config.task.make, config.env), config.algorithm.n_envs, config.seed)
     model = make_model(config, envs)
     model.learn(config.rollout_steps)
     env_s, update_s = [0.0], [0.0]
     envs.step_wait = _timed(envs.step_wait, env_s)  # type: ignore[method-assign]
     model.train = _timed(model.train, update_s)
-    start, before = time.perf_counter(), model.num_timesteps
+    start, cpu_start, before = time.perf_counter(), time.process_time(), model.num_timesteps
     model.learn(STEPS, reset_num_timesteps=False)
     steps, total = model.num_timesteps - before, time.perf_counter() - start
-    parts = {"all": total, "environments": env_s[0], "update": update_s[0], "rest": total - env_s[0] - update_s[0]}
+    cpu_s = time.process_time() - cpu_start
+    rest = total - env_s[0] - update_s[0]
+    parts = {"all": total, "CPU": cpu_s, "environments": env_s[0], "update": update_s[0], "rest": rest}
     return {name: spent / steps for name, spent in parts.items()}
 
 

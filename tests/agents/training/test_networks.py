@@ -17,7 +17,9 @@ from servegym.baselines.interface import E_AVAILABLE, EngineViews, RequestView, 
 from servegym.engine_bridge.golden import draw_dispatch
 
 
-def make_policy(kind: type = MaskableSetPolicy, slots: int = 4, prior: str = "lmetric", seed: int = 0):
+def make_policy(
+    kind: type = MaskableSetPolicy, slots: int = 4, prior: str = "lmetric", seed: int = 0, entropy_bonus: bool = True
+):
     torch.manual_seed(seed)
     observations = spaces.Dict(
         {
@@ -26,7 +28,8 @@ def make_policy(kind: type = MaskableSetPolicy, slots: int = 4, prior: str = "lm
             "mask": spaces.Box(0, 1, (slots,), np.int8),
         }
     )
-    return kind(observations, spaces.Discrete(slots), lambda _: 1e-3, width=16, prior=prior, prior_scale=2.0)
+    settings = {"width": 16, "prior": prior, "prior_scale": 2.0, "entropy_bonus": entropy_bonus}
+    return kind(observations, spaces.Discrete(slots), lambda _: 1e-3, **settings)
 
 
 def shaken(policy):
@@ -147,3 +150,12 @@ def test_hidden_layers_start_orthogonal_and_all_parameters_are_optimised(algorit
     model.learn(64)
     unmoved = [name for name, parameter in model.policy.named_parameters() if torch.equal(parameter, before[name])]
     assert not unmoved
+
+
+@pytest.mark.parametrize("bonus", [False, True])
+def test_the_entropy_has_a_gradient_where_there_is_a_bonus(bonus: bool) -> None:
+    policy, observation = make_policy(entropy_bonus=bonus), draw_observation(8, 4)
+    values, log_prob, entropy = policy.evaluate_actions(observation, torch.zeros(8))
+    assert values.requires_grad
+    assert log_prob.requires_grad
+    assert entropy.requires_grad == bonus

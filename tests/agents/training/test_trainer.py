@@ -62,6 +62,12 @@ class Interrupted:
         return env
 
 
+def test_an_update_that_breaks_the_network_ends_the_run(make_config, make_toy, tmp_path: Path) -> None:
+    config = make_config(algorithm={"learning_rate": 1e30})
+    with pytest.raises(FloatingPointError, match="entropy after 256 steps is nan; a lower learning_rate"):
+        train(config, out=tmp_path / "run", progress=False, make_env=make_toy)
+
+
 @pytest.mark.parametrize("algorithm", ["MaskablePPO", "PPO"])
 def test_the_same_config_trains_to_the_same_bits(algorithm, make_config, make_toy, tmp_path: Path) -> None:
     config = make_config(algorithm={"name": algorithm})
