@@ -34,7 +34,7 @@ def embed_and_pool(candidates: Tensor, context: Tensor, mask: Tensor) -> tuple[T
         The embeddings ``relu(candidates + context) * mask``, shape (batch, candidates, width), and their mean and
         maximum, shape (batch, 2, width); zeros where there is no candidate.
     """
-    hidden, pooled = _EmbedAndPool.apply(candidates, context, mask)
+    hidden, pooled = _EmbedAndPool.apply(candidates, context, mask)  # type: ignore[no-untyped-call]
     return hidden, pooled
 
 
@@ -46,13 +46,13 @@ def score(candidates: Tensor, context: Tensor, weights: Tensor) -> Tensor:
         context: shape (batch, width).
         weights: shape (width,).
     """
-    scores: Tensor = _Score.apply(candidates, context, weights)
+    scores: Tensor = _Score.apply(candidates, context, weights)  # type: ignore[no-untyped-call]
     return scores
 
 
 class _EmbedAndPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, candidates: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, candidates: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         hidden = _like(candidates)
         pooled = candidates.new_empty((len(candidates), 2, candidates.shape[-1]))
         _embed_and_pool(*_arrays(candidates, context, mask, hidden, pooled))
@@ -61,7 +61,7 @@ class _EmbedAndPool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_hidden: Tensor, d_pooled: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_hidden: Tensor, d_pooled: Tensor) -> tuple[Tensor, Tensor, None]:
         mask, hidden, pooled = ctx.saved_tensors
         d_candidates, d_context = _like(hidden), hidden.new_empty((len(hidden), hidden.shape[-1]))
         _embed_and_pool_gradient(*_arrays(mask, hidden, pooled, d_hidden, d_pooled, d_candidates, d_context))
@@ -70,7 +70,7 @@ class _EmbedAndPool(torch.autograd.Function):
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, candidates: Tensor, context: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, candidates: Tensor, context: Tensor, weights: Tensor) -> Tensor:
         scores = candidates.new_empty(candidates.shape[:2])
         _score(*_arrays(candidates, context, weights, scores))
         ctx.save_for_backward(candidates, context, weights)
@@ -78,7 +78,7 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         candidates, context, weights = ctx.saved_tensors
         gradients = _like(candidates), _like(context), _like(weights)
         _score_gradient(*_arrays(candidates, context, weights, d_scores, *gradients))

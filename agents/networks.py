@@ -187,7 +187,7 @@ class _Categorical(CategoricalDistribution):
         return nn.Identity()  # the actor's output are the logits already
 
     def proba_distribution(self, action_logits: Tensor) -> _Categorical:
-        self.distribution = UncheckedCategorical(action_logits)
+        self.distribution = UncheckedCategorical(action_logits)  # type: ignore[assignment]
         return self
 
 
@@ -242,7 +242,7 @@ class _Policy:
         super()._build(lr_schedule)  # type: ignore[misc]  # orthogonal initialisation, value head, optimizer
         self.actor.start_from(*self._network[2:])
 
-    def extract_features(self, obs: dict[str, Tensor], features_extractor: Any = None) -> dict[str, Tensor]:
+    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
         """Return the observation as it is, in float32."""
         return {key: part.float() for key, part in obs.items()}
 
