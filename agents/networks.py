@@ -4,7 +4,7 @@ Dispatch (``set_scorer``)::
 
     h_i   = relu(E x_i + R g + b)                        engine i with the request, shared weights
     p     = [mean_i h_i, max_i h_i]                      over the available engines
-    logit_i = w . relu(S h_i + P p + c)  +  (v + G g) . x_i      residual + linear prior, gated by the context
+    logit_i = w . relu(S h_i + P p + c)  +  v . x_i      residual + linear prior
 
 Admission (``index_scorer``) is the same without ``p``: the score of a waiting request depends on itself and on the
 queue's context only, as an index rule's does, so that a whole queue is ordered by one pass.
@@ -13,7 +13,6 @@ queue's context only, as an index rule's does, so that a whole queue is ordered 
 shape depends on the number of candidates, permuting them permutes the logits, and absent ones change nothing. The
 features are logarithms, so that product rules of the literature are linear in them: with ``v`` set to minus LMetric's
 two factors and ``w`` to zero, the untrained network chooses exactly as LMetric does (residual learning, DESIGN.md 7).
-The gate ``G`` is there only in networks made with one; it begins at zero.
 
 The critic pools over the candidates with weights of its own: the residual is small at first, and gradients of the value
 error through a shared encoder would drown it.
@@ -55,15 +54,9 @@ class Encoder(nn.Module):
 
 
 class Actor(nn.Module):
-    """Logits of the candidates; the part of the network that a policy bundle carries.
+    """Logits of the candidates; the part of the network that a policy bundle carries."""
 
-    Args:
-        decisions: what it decides.
-        width: hidden units.
-        gated: let the weights of the linear prior depend on the context.
-    """
-
-    def __init__(self, decisions: Decisions, width: int, gated: bool = False) -> None:
+    def __init__(self, decisions: Decisions, width: int) -> None:
         super().__init__()
         self.decisions = decisions
         self.encoder = Encoder(decisions, width)
@@ -71,9 +64,6 @@ class Actor(nn.Module):
         self.pooled = nn.Linear(2 * width, width, bias=False) if decisions.pooled else None
         self.head = nn.Linear(width, 1, bias=False)
         self.prior = nn.Linear(len(decisions.items), 1, bias=False)
-        self.gate = nn.Linear(len(decisions.context), len(decisions.items), bias=False) if gated else None
-        if self.gate is not None:
-            nn.init.zeros_(self.gate.weight)
 
     def forward(self, items: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """Return the logits, shape (batch, candidates); :data:`MASKED_LOGIT` where the mask is 0.
@@ -88,8 +78,6 @@ class Actor(nn.Module):
         if self.pooled is not None:
             shared = self.pooled(pooled)
         logits = score(self.hidden(hidden), shared, self.head.weight[0]) + self.prior(items).squeeze(-1)
-        if self.gate is not None:
-            logits = logits + (items @ self.gate(context).unsqueeze(-1)).squeeze(-1)
         return torch.where(mask > 0, logits, MASKED_LOGIT)
 
     def observed(self, observation: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

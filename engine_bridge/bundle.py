@@ -33,7 +33,7 @@ from servegym.engine_bridge.bundle_policy import (
 )
 from servegym.engine_bridge.decisions import DECISIONS
 from servegym.engine_bridge.manifest import MANIFEST, WEIGHTS, Manifest
-from servegym.engine_bridge.set_scorer import GATE, SetScorer, weight_shapes
+from servegym.engine_bridge.set_scorer import SetScorer, weight_shapes
 from servegym.engine_bridge.shipped import resolved
 from servegym.errors import InputError, nearest
 
@@ -133,11 +133,7 @@ def _read_weights(path: Path, manifest: Manifest) -> dict[str, Float32Array]:
         raise InputError(str(path), "", f"not a safetensors file: {error}") from None
     widths = manifest.widths
     shapes = weight_shapes(
-        widths.item_features,
-        widths.context_features,
-        widths.hidden,
-        pooled=manifest.decisions.pooled,
-        gated=GATE in weights,
+        widths.item_features, widths.context_features, widths.hidden, pooled=manifest.decisions.pooled
     )
     if set(weights) != set(shapes):
         odd = sorted(set(weights) ^ set(shapes))[0]

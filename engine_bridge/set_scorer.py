@@ -20,15 +20,11 @@ from servegym.compilation import compiled
 
 Names = tuple[str, ...]
 
-GATE = "gate.weight"
-
 # Features of an item and of the context, width; the packed weights follow.
 _HEADER = 3
 
 
-def weight_shapes(
-    items: int, context: int, width: int, pooled: bool, gated: bool = False
-) -> dict[str, tuple[int, ...]]:
+def weight_shapes(items: int, context: int, width: int, pooled: bool) -> dict[str, tuple[int, ...]]:
     """Return name and shape of each weight, as torch stores them: (outputs, inputs).
 
     Args:
@@ -36,7 +32,6 @@ def weight_shapes(
         context: features of what the candidates share.
         width: hidden units.
         pooled: whether a candidate's logit depends on the other ones.
-        gated: whether the weights of the linear prior depend on the context.
     """
     shapes: dict[str, tuple[int, ...]] = {
         "encoder.item.weight": (width, items),
@@ -50,8 +45,6 @@ def weight_shapes(
     }
     if not pooled:
         del shapes["pooled.weight"]
-    if gated:
-        shapes[GATE] = (items, context)
     return shapes
 
 
@@ -70,11 +63,6 @@ def widened(
         wide = np.zeros((len(weights[name]), len(known[kind])), dtype=np.float32)
         wide[:, [known[kind].index(feature) for feature in own[kind]]] = weights[name]
         found[name] = wide
-    if GATE in weights:
-        gate = np.zeros((len(known[0]), len(known[1])), dtype=np.float32)
-        rows, columns = ([every.index(name) for name in names] for names, every in zip(own, known, strict=True))
-        gate[np.ix_(rows, columns)] = weights[GATE]
-        found[GATE] = gate
     return found
 
 
@@ -96,7 +84,6 @@ class SetScorer:
         self._pooled = transposed.get("pooled.weight")
         self._head = transposed["head.weight"][:, 0]
         self._prior = transposed["prior.weight"][:, 0]
-        self._gate = transposed.get(GATE)
 
     def logits(self, items: Float32Array, context: Float32Array, eligible: npt.NDArray[np.bool_]) -> Float32Array:
         """Return the logits, shape (candidates,); those of candidates that may not be chosen mean nothing.
@@ -122,15 +109,13 @@ class SetScorer:
         scored += shared
         np.maximum(scored, 0.0, out=scored)
         logits: Float32Array = scored @ self._head + items @ self._prior
-        if self._gate is not None:
-            logits += items @ (context @ self._gate)
         return logits
 
     def packed(self) -> FloatArray:
         """Return the widths and weights in one row, as the compiled forms read them."""
         width, items = self.weights["encoder.item.weight"].shape
         context = self.weights["encoder.context.weight"].shape[1]
-        names = weight_shapes(items, context, width, self._pooled is not None, self._gate is not None)
+        names = weight_shapes(items, context, width, self._pooled is not None)
         sizes = np.array([items, context, width])
         return np.concatenate([sizes, *(self.weights[name].T.ravel() for name in names)]).astype(np.float64)
 
@@ -159,16 +144,12 @@ def compiled_dispatch(request: FloatArray, engines: FloatArray, params: FloatArr
     head_at = pooled_at + 2 * width * width
     prior_at = head_at + width
 
-    linear_part = params[prior_at : prior_at + inputs]
-    if len(params) > prior_at + inputs:
-        linear_part = linear_part.copy()
-        _add_product(request_features, params, prior_at + inputs, linear_part)
     first = int(request[R_LAST_ENGINE]) + 1
     for i in range(count):
         if engines[i, E_AVAILABLE] > 0.0:
             out[i] = TURN * ((i - first) % count)
             for k in range(inputs):
-                out[i] -= features[i, k] * linear_part[k]
+                out[i] -= features[i, k] * params[prior_at + k]
         else:
             out[i] = np.inf
     linear = True
@@ -234,11 +215,6 @@ def compiled_admission(request: FloatArray, context: FloatArray, params: FloatAr
     logit = np.zeros(1)
     _add_product(np.maximum(scored, 0.0), params, head_at, logit)
     _add_product(features, params, prior_at, logit)
-    if len(params) > prior_at + inputs:
-        gate = np.zeros(inputs)
-        _add_product(context_features, params, prior_at + inputs, gate)
-        for k in range(inputs):
-            logit[0] += features[k] * gate[k]
     return -float(logit[0])
 
 

@@ -13,7 +13,7 @@ from servegym.agents.execution import BackendConfig
 from servegym.agents.priors import PRIORS, Prior
 from servegym.agents.training.tasks import TASKS, Task, TaskName
 from servegym.configuration import Config, merged, validate
-from servegym.engine_bridge.decisions import DECISIONS, Level
+from servegym.engine_bridge.decisions import Level
 from servegym.envs.episode import EpisodeConfig
 
 Count = Annotated[int, Field(ge=1)]
@@ -89,15 +89,8 @@ class EvolutionConfig(Config):
     Several layers may be tuned: in turn, then together, on one cost.
     """
 
-    tune: Literal["linear", "gated", "network"] = Field(
-        default="linear",
-        description=(
-            "linear: the weights of the features alone, without hidden layers; gated: and how they change with the"
-            " context; network: all weights"
-        ),
-    )
-    gate: tuple[str, ...] = Field(
-        default=(), description="features of the context by which weights change, with tune: gated; default: all"
+    tune: Literal["linear", "network"] = Field(
+        default="linear", description="linear: the weights of the features alone, without hidden layers"
     )
     episodes: Count = Field(default=8, description="of a generation, the same ones for all candidates")
     population: Annotated[int, Field(ge=4)] | None = Field(
@@ -125,12 +118,6 @@ class EvolutionConfig(Config):
             " starts from stays, which is all where there is none"
         ),
     )
-
-    @model_validator(mode="after")
-    def _gate_is_used(self) -> Self:
-        if self.gate and self.tune != "gated":
-            raise ValueError("gate only with tune: gated")
-        return self
 
     @model_validator(mode="after")
     def _phases_end(self) -> Self:
@@ -222,10 +209,6 @@ class TrainConfig(Config):
                 )
         if self.evolution is not None and self.evolution.budget_share is not None and "request" not in self.layers:
             raise ValueError("evolution.budget_share only where the request level is trained")
-        for layer in self.layers if self.evolution is not None else ():
-            for name in self.evolution.gate:
-                if name not in DECISIONS[layer].context_names:
-                    raise ValueError(f"evolution.gate: features of the {layer} level's context, not {name}")
         if self.algorithm.paired_envs > 1 and self.environment != "EngineDispatch-v0":
             raise ValueError("algorithm.paired_envs with EngineDispatch-v0, whose episodes have a decision per request")
         self.validation_env()

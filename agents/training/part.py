@@ -14,16 +14,14 @@ from servegym.agents.priors import PRIORS
 from servegym.agents.training.config import TrainConfig
 from servegym.agents.training.export import actor_weights
 from servegym.baselines.features import Float32Array
-from servegym.baselines.interface import FloatArray, IntArray
+from servegym.baselines.interface import FloatArray
 from servegym.engine_bridge.bundle import load_bundle
 from servegym.engine_bridge.bundle_policy import LearnedPlacement
 from servegym.engine_bridge.decisions import DECISIONS, Level
-from servegym.engine_bridge.set_scorer import GATE, SetScorer, compiled_admission, compiled_dispatch
+from servegym.engine_bridge.set_scorer import SetScorer, compiled_admission, compiled_dispatch
 from servegym.errors import InputError
 
 _LEAST_SHARE = 0.02
-_GATE_STEP = 0.3
-"""Standard deviation of a gate's weights over that of the prior's: a context feature goes through several units."""
 
 
 class Part:
@@ -42,10 +40,10 @@ class Part:
     def __init__(self, config: TrainConfig, layer: Level) -> None:
         assert config.evolution is not None
         decisions = DECISIONS[layer]
-        start, gated = config.evolution.start_from.get(layer), config.evolution.tune == "gated"
+        start = config.evolution.start_from.get(layer)
         self._share: float | None = None
         if start in PRIORS[layer]:
-            self.actor = Actor(decisions, config.network.width, gated)
+            self.actor = Actor(decisions, config.network.width)
             self.actor.start_from(start, config.network.prior_scale)
         elif start is not None:
             bundle = load_bundle(start)
@@ -53,26 +51,21 @@ class Part:
                 raise InputError(
                     "config", f"evolution.start_from.{layer}", f"{start} is of the {bundle.manifest.layer} level"
                 )
-            self.actor = Actor(decisions, bundle.manifest.widths.hidden, gated or GATE in bundle.weights)
+            self.actor = Actor(decisions, bundle.manifest.widths.hidden)
             self._load(dict(bundle.weights))
             self._share = bundle.manifest.budget_share
         else:
             own = layer == config.task.decisions.layer
-            self.actor = Actor(decisions, config.network.width, gated)
+            self.actor = Actor(decisions, config.network.width)
             self.actor.start_from(config.network.prior if own else "none", config.network.prior_scale)
         self.layer = layer
         self._first = actor_weights(self.actor)
-        # Of each tuned weight, the entries that are, and their unit.
-        self._tuned: dict[str, tuple[IntArray, float]] = {}
-        for name, array in self._first.items():
-            if config.evolution.tune == "network" or name == "prior.weight":
-                self._tuned[name] = np.arange(array.size), 1.0
-            elif gated and name == GATE:
-                chosen = np.isin(decisions.context_names, config.evolution.gate or decisions.context_names)
-                self._tuned[name] = np.flatnonzero(np.broadcast_to(chosen, array.shape)), _GATE_STEP
-        self.vector = np.concatenate(
-            [self._first[name].ravel()[entries] / unit for name, (entries, unit) in self._tuned.items()]
-        ).astype(np.float64)
+        self._shapes = {
+            name: array.shape
+            for name, array in self._first.items()
+            if config.evolution.tune == "network" or name == "prior.weight"
+        }
+        self.vector = np.concatenate([self._first[name].ravel() for name in self._shapes]).astype(np.float64)
         self._tunes_share = layer == "request" and config.evolution.budget_share is not None
         if self._tunes_share:
             self._share = config.evolution.budget_share
@@ -98,17 +91,15 @@ class Part:
 
     def _weights(self, vector: FloatArray) -> dict[str, Float32Array]:
         found, at = dict(self._first), 0
-        for name, (entries, unit) in self._tuned.items():
-            array = found[name].copy()
-            array.ravel()[entries] = unit * vector[at : at + len(entries)]
-            found[name] = array
-            at += len(entries)
+        for name, shape in self._shapes.items():
+            size = math.prod(shape)
+            found[name] = vector[at : at + size].reshape(shape).astype(np.float32)
+            at += size
         return found
 
     def _load(self, weights: Mapping[str, Float32Array]) -> None:
         with torch.no_grad():
-            state = {name: torch.from_numpy(array.copy()) for name, array in weights.items()}
-            self.actor.load_state_dict(self.actor.state_dict() | state)
+            self.actor.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in weights.items()})
 
 
 class Candidate:

@@ -15,13 +15,11 @@ from servegym.engine_bridge.decisions import ADMISSION, DISPATCH, Decisions
 from servegym.engine_bridge.manifest import Provenance
 
 
-def make_actor(seed: int = 0, width: int = 32, decisions: Decisions = DISPATCH, gated: bool = False) -> Actor:
+def make_actor(seed: int = 0, width: int = 32, decisions: Decisions = DISPATCH) -> Actor:
     torch.manual_seed(seed)
-    actor = Actor(decisions, width, gated)
+    actor = Actor(decisions, width)
     with torch.no_grad():
         actor.head.weight.mul_(3.0)
-        if actor.gate is not None:
-            actor.gate.weight.normal_(0.0, 0.1)
     return actor
 
 

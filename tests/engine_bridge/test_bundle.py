@@ -94,10 +94,6 @@ DAMAGES = {
     "NaN weights": (lambda f: set_weights(f, put_nan), "hidden.weight: has values that are not finite"),
     "missing weight": (lambda f: set_weights(f, lambda w: w.pop("hidden.bias")), "hidden.bias: missing"),
     "extra weight": (lambda f: set_weights(f, lambda w: w.update(x=w["hidden.bias"])), "x: unknown weight"),
-    "other gate": (
-        lambda f: set_weights(f, lambda w: w.update({"gate.weight": w["head.weight"]})),
-        "gate.weight: got float32 (1, 32); allowed: float32 (29, 8)",
-    ),
     "wrong type": (
         lambda f: set_weights(f, lambda w: w.update({"hidden.bias": w["hidden.bias"].astype(np.float64)})),
         "hidden.bias: got float64",

@@ -170,32 +170,6 @@ def test_a_decision_takes_microseconds(bundle, count: int) -> None:
 
 
 @pytest.mark.parametrize("layer", [DISPATCH, ADMISSION])
-def test_a_gate_lets_the_linear_weights_follow_the_context(layer: Decisions, save_actor, tmp_path) -> None:
-    """Torch, numpy and the compiled form alike; all features or some of them."""
-    some = layer.only(layer.item_names[2:], layer.context_names[::-1])
-    for decisions in (layer, some):
-        policy = load_bundle(save_actor(tmp_path / "policy", decisions=decisions, width=1, gated=True))
-        gate = policy.weights["gate.weight"]
-        assert gate.shape == (len(layer.items), len(layer.context))
-        function, params = compiled_form(policy)
-        compiled = numba.njit(function)
-        without = SetScorer({name: array for name, array in policy.weights.items() if name != "gate.weight"})
-        rng = np.random.default_rng(8)
-        for _ in range(50):
-            row, matrix = (draw_dispatch if layer is DISPATCH else draw_queue)(rng)
-            items, context = layer.features(row, matrix)
-            open_ = layer.eligible(matrix)
-            expected = without.logits(items, context, open_) + items @ (gate @ context)
-            np.testing.assert_allclose(policy.logits(row, matrix)[open_], expected[open_], atol=1e-4)
-            if layer is DISPATCH:
-                out = np.empty(len(matrix))
-                compiled(row, matrix, params, out)
-                np.testing.assert_allclose(out, policy.score(*views(row, matrix)), atol=1e-4)
-            else:
-                np.testing.assert_allclose([compiled(one, row, params) for one in matrix], -expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("layer", [DISPATCH, ADMISSION])
 def test_a_network_of_some_features_sees_those_alone(layer: Decisions, save_actor, tmp_path) -> None:
     """In any order; its compiled form and its weights are those of a network that ignores the others."""
     some = layer.only(layer.item_names[:3] + layer.item_names[:4:-1], layer.context_names[1:])

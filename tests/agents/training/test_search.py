@@ -18,7 +18,6 @@ from servegym.agents.training.search import Episodes, Search
 from servegym.agents.training.trainer import train
 from servegym.configuration import validate
 from servegym.engine_bridge.bundle import load_bundle
-from servegym.engine_bridge.set_scorer import SetScorer
 from servegym.errors import InputError
 
 
@@ -83,7 +82,7 @@ def test_from_nothing_it_finds_a_rule(make: Any, tmp_path: Path) -> None:
     assert policy.weights["prior.weight"].any()
 
 
-@pytest.mark.parametrize("tune", ["linear", "gated", "network"])
+@pytest.mark.parametrize("tune", ["linear", "network"])
 def test_the_same_twice_and_after_an_interruption(tune: str, make: Any, tmp_path: Path, monkeypatch: Any) -> None:
     config = make(evolution={"episodes": 2, "population": 6, "tune": tune}, network={"width": 4, "prior": "none"})
     whole = train(config, out=tmp_path / "whole", progress=False)
@@ -118,26 +117,6 @@ def test_processes_play_the_same_episodes(make: Any, tmp_path: Path) -> None:
     assert more.best_objective == alone.best_objective
     assert evaluations(tmp_path / "begun") == evaluations(tmp_path / "alone")
     assert make(evolution=evolution).sha256() == make().sha256()
-
-
-def test_a_gate_is_tuned_for_the_context_that_is_named(make: Any, tmp_path: Path) -> None:
-    evolution = {"episodes": 1, "population": 4, "tune": "gated", "gate": ["log_prompt"]}
-    start = evolution | {"start_from": {"engine": "servegym/dispatch"}}
-    first = Search(make(evolution=start))._parts["engine"]
-    shipped, gated = (SetScorer(one).packed() for one in (load_bundle("servegym/dispatch").weights, first._first))
-    np.testing.assert_array_equal(gated[: len(shipped)], shipped)
-    assert not gated[len(shipped) :].any()
-    result = train(make(evolution=evolution, total_steps=2_400), out=tmp_path / "run", progress=False)
-    assert result.steps
-    policy = load_bundle(tmp_path / "run" / "policy_last")
-    tuned = policy.weights["gate.weight"].any(axis=0)
-    assert [name for name, any_ in zip(policy.manifest.context_features, tuned, strict=True) if any_] == ["log_prompt"]
-    for wrong, message in (
-        (evolution | {"gate": ["colour"]}, "context, not colour"),
-        (evolution | {"tune": "linear"}, "gate only with tune"),
-    ):
-        with pytest.raises(InputError, match=message):
-            make(evolution=wrong)
 
 
 def test_waiting_requests_too(make: Any, tmp_path: Path) -> None:
