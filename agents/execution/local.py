@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import Self
 
 from servegym.agents.execution.executor import LOSSES, R, S, U
@@ -65,9 +67,7 @@ class LocalExecutor:
     def _started(self, units: int) -> ProcessPoolExecutor:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(
-                min(self._workers, units), mp_context=context, initializer=_ignore_interrupts
-            )
+            self._pool = ProcessPoolExecutor(min(self._workers, units), mp_context=context, initializer=_follow_parent)
         return self._pool
 
     def _stop(self, at_once: bool) -> None:
@@ -84,6 +84,14 @@ def _ready(function: Callable[..., object]) -> None:
     """Nothing more: a process that is handed a function has imported its module."""
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C is the parent's to handle: it ends the workers."""
+def _follow_parent() -> None:
+    """Ctrl-C is the parent's to handle: it ends the workers; they end by themselves where it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

@@ -97,6 +97,9 @@ class EvolutionConfig(Config):
         default=None, description="candidates of a generation; default: 4 + 3 ln(weights)"
     )
     sigma: Positive = Field(default=0.5, description="first standard deviation of the weights")
+    workers: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="processes that play episodes; the result does not depend on it"
+    )
     phases: tuple[Phase, ...] = Field(
         default=(), description="one after the other; default: the environment's own layer throughout"
     )
@@ -243,6 +246,10 @@ class TrainConfig(Config):
         """Decisions between two updates."""
         return self.algorithm.n_envs * self.algorithm.n_steps
 
+    def identity(self) -> dict[str, Any]:
+        """Return all values that make a difference to the result, as plain data."""
+        return self.model_dump(mode="json", exclude={"evolution": {"workers"}})
+
     def sha256(self) -> str:
-        """Return the hash of all values, which identifies the config in bundles."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """Return the hash of all values that make a difference, which identifies the config in bundles."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()

@@ -190,8 +190,9 @@ def continuation(config: TrainConfig | None, run: RunFolder) -> TrainConfig:
     own = validate(TrainConfig, load_mapping(run.config), str(run.config))
     if config is None:
         return own
-    for name in type(own).model_fields:
-        if name not in _MAY_CHANGE and getattr(own, name) != getattr(config, name):
+    before, after = own.identity(), config.identity()
+    for name in before:
+        if name not in _MAY_CHANGE and before[name] != after[name]:
             raise InputError(
                 str(run.config), name, f"differs from the config given; only {', '.join(sorted(_MAY_CHANGE))} may"
             )

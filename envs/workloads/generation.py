@@ -244,6 +244,12 @@ def _window(drawn: _Drawn, roots: Float, span_s: float) -> RequestTable:
     return RequestTable.build(arrival[order], **{name: values[order] for name, values in columns.items()})
 
 
+@lru_cache(maxsize=64)
+def _of_tenant(reference: str) -> WorkloadConfig:
+    """Read a tenant's workload once: training draws thousands of tables, and reading takes longer than drawing."""
+    return load_workload(reference)
+
+
 def _of_tenants(
     config: WorkloadConfig,
     rate_rps: float,
@@ -258,7 +264,7 @@ def _of_tenants(
     for index, tenant in enumerate(config.tenants):
         share = tenant.share / total
         table = generate(
-            load_workload(tenant.workload),
+            _of_tenant(tenant.workload),
             rate_rps=share * rate_rps,
             requests=max(1, round(share * requests)) if requests is not None else None,
             duration_s=duration_s,

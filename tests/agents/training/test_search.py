@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,19 @@ def test_the_same_twice_and_after_an_interruption(tune: str, make: Any, tmp_path
     assert scalars(tmp_path / "cut") == scalars(tmp_path / "whole")
     weights = [(tmp_path / run / "policy" / "policy.safetensors").read_bytes() for run in ("cut", "whole", "again")]
     assert weights[0] == weights[1] == weights[2]
+
+
+def test_processes_play_the_same_episodes(make: Any, tmp_path: Path) -> None:
+    """Two of them find what one finds, and take over what it began."""
+    alone = train(make(), out=tmp_path / "alone", progress=False)
+    evolution = {"episodes": 2, "population": 6, "workers": 2}
+    begun = train(make(evolution=evolution, total_steps=20_000), out=tmp_path / "begun", progress=False)
+    assert begun.steps < alone.steps
+    assert multiprocessing.active_children() == []
+    more = train(make(evolution=evolution), resume=tmp_path / "begun", progress=False)
+    assert more.best_objective == alone.best_objective
+    assert evaluations(tmp_path / "begun") == evaluations(tmp_path / "alone")
+    assert make(evolution=evolution).sha256() == make().sha256()
 
 
 def test_waiting_requests_too(make: Any, tmp_path: Path) -> None:
@@ -266,7 +280,7 @@ def test_a_menu_is_not_for_gradients(make: Any, in_lockstep: dict[str, Any]) -> 
 def test_candidates_meet_the_same_episodes(make: Any) -> None:
     search = Search(make())
     part = search._parts["engine"]
-    episodes = Episodes(make(), make().env)
+    episodes = Episodes("engine", make().env)
     drawn = episodes.draw(5, 0)
     played = [episodes.play(drawn, {"engine": part.policy(part.vector)}).metrics for _ in range(2)]
     assert played[0] == played[1]
