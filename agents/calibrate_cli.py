@@ -88,6 +88,8 @@ def _engine(url: str | None, cluster: str | None) -> LiveEngine:
 
 
 def _show(result: Calibration, out: Path) -> None:
+    from servegym.envs.calibration.calibrate import drift_of
+
     console = Console() if sys.stdout.isatty() else Console(width=110)
     how = "exact step records" if result.exact else "client times"
     table = Table("term", "us", "95 % interval", title=f"{out}: {len(result.samples)} samples, {how}")
@@ -97,7 +99,8 @@ def _show(result: Calibration, out: Path) -> None:
     lines += [f"{name}: {1e3 * value:.3f} ms" for name, value in result.overheads.items() if value is not None]
     if result.profile.frontend is not None:
         lines += [f"frontend {name}: {value:.4g}" for name, value in result.profile.frontend]
-    lines += [f"noise {result.fit.noise:.1%}, stragglers {result.fit.stragglers:.1%}", "not identified:"]
+    lines += [f"noise {result.fit.noise:.1%}, stragglers {result.fit.stragglers:.1%}", drift_of(result.fit)]
+    lines += ["not identified:"]
     table.caption = "\n".join([*lines, *(f"  {text}" for text in result.fit.unidentified)])
     table.caption_justify = table.title_justify = "left"
     console.print(table)

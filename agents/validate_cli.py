@@ -88,16 +88,21 @@ def _tables(result: Validation) -> list[Table]:
     for ranking in result.rankings:
         agreement = ranking.agreement()
         title = f"{ranking.scenario}, load {ranking.load:g}: mean TTFT, ms"
-        table = Table("policy", "live", "simulated", "error", title=title, title_justify="left")
-        for policy, live, simulated in sorted(
-            zip(ranking.policies, ranking.live, ranking.simulated, strict=True), key=lambda row: row[1]
-        ):
-            table.add_row(policy, f"{1e3 * live:.1f}", f"{1e3 * simulated:.1f}", f"{simulated / live - 1:+.1%}")
-        repeat = agreement["spearman_repeat"]
+        heads = ("policy", "live", "simulated", "error", *(() if ranking.at_speed is None else ("at speed",)))
+        table = Table(*heads, title=title, title_justify="left")
+        for i in sorted(range(len(ranking.policies)), key=ranking.live.__getitem__):
+            live, simulated = ranking.live[i], ranking.simulated[i]
+            known = () if ranking.at_speed is None else (f"{1e3 * ranking.at_speed[i]:.1f}",)
+            name = ranking.policies[i]
+            table.add_row(name, f"{1e3 * live:.1f}", f"{1e3 * simulated:.1f}", f"{simulated / live - 1:+.1%}", *known)
+        others = {"repeat": "live with live", "at_speed": "at the speed of each live run"}
         table.caption = (
             f"rank agreement: Spearman {agreement['spearman']:.3f}, Kendall {agreement['kendall']:.3f}"
             f" (bound {result.config.bounds.rank:g})"
-            + ("" if repeat is None else f"; live with live {repeat:.3f}, {agreement['kendall_repeat']:.3f}")
+        ) + "".join(
+            f"; {text} {agreement[f'spearman_{other}']:.3f}, {agreement[f'kendall_{other}']:.3f}"
+            for other, text in others.items()
+            if agreement[f"spearman_{other}"] is not None
         )
         table.caption_justify = "left"
         tables.append(table)
@@ -128,11 +133,15 @@ def _errors(result: Validation, shown: list[Compared], side: str) -> Table:
     table.add_section()
     table.add_row("median", "", *(f"{100 * median:.1f}" for median, _ in sizes), "", "")
     table.add_row("largest", "", *(f"{100 * largest:.1f}" for _, largest in sizes), "", "")
+    if side == "simulated" and all(one.drift("ttft_s", "mean") for one in shown):
+        inside = [sum(bool(one.within_drift(metric, statistic)) for one in shown) for metric, statistic in _SHOWN]
+        table.add_row("within drift", "", *map(str, inside), "", "")
     missed = [(one, one.misses(result.config.bounds, side)) for one in shown]
     count = sum(bool(found) for _, found in missed)
     table.caption = "\n".join(
         [
             "machine: how much longer the engines' steps took than the profile says of the same steps",
+            "within drift: cells that lie between a machine as fast and one as slow as in 95 % of calibration's rounds",
             f"beyond the bounds, {count} of {len(shown)}:" if count else "all within the bounds",
             *(f"  {one.scenario}, load {one.load:g}: {', '.join(found)}" for one, found in missed if found),
         ]

@@ -25,6 +25,7 @@ Row = dict[str, Any]
 
 METRICS = ("ttft_s", "tpot_s", "e2e_s")
 STATISTICS = ("mean", "p50", "p95", "p99")
+SIDES = ("simulated", "at_speed")
 _RANKED = 3
 
 
@@ -104,7 +105,7 @@ class Compared:
     @property
     def sides(self) -> tuple[str, ...]:
         """What is compared with live: the simulation, and the one at the machine's speed where that is known."""
-        return ("simulated", "at_speed") if all("at_speed" in row for row in self.rows) else ("simulated",)
+        return tuple(side for side in SIDES if all(side in row for row in self.rows))
 
     def simulated(self, metric: str, statistic: str, side: str = "simulated") -> float:
         """Return the median over the simulations, seconds."""
@@ -121,6 +122,18 @@ class Compared:
         values = [_value(row, "live", metric, statistic) for row in self.rows]
         apart = [abs(a / b - 1) for a, b in itertools.permutations(values, 2)]
         return _median(apart) if apart else None
+
+    def drift(self, metric: str, statistic: str) -> tuple[float, float] | None:
+        """Return the medians over the simulations of a machine as fast, and as slow, as its drift lets expect."""
+        if not all("faster" in row and "slower" in row for row in self.rows):
+            return None
+        ends = [self.simulated(metric, statistic, side) for side in ("faster", "slower")]
+        return min(ends), max(ends)
+
+    def within_drift(self, metric: str, statistic: str) -> bool | None:
+        """Whether the live runs lie between the two; None where the drift is not known."""
+        ends = self.drift(metric, statistic)
+        return None if ends is None else ends[0] <= self.live(metric, statistic) <= ends[1]
 
     def queue_error(self, side: str = "simulated") -> float:
         """Return the median over repetitions of the mean absolute error of the queue's length, over its mean."""
@@ -156,6 +169,7 @@ class Ranking:
         policies: labels.
         live, simulated: mean TTFT of each, seconds, medians over repetitions.
         repeats: mean TTFT of each in each live repetition, shape (repetitions, policies).
+        at_speed: as ``simulated``, at the speed that the machine had in each live run; None where that is not known.
     """
 
     scenario: str
@@ -164,6 +178,7 @@ class Ranking:
     live: tuple[float, ...]
     simulated: tuple[float, ...]
     repeats: tuple[tuple[float, ...], ...]
+    at_speed: tuple[float, ...] | None = None
 
     def agreement(self) -> dict[str, float | None]:
         """Return rank correlations of simulated with live, and of live runs with each other (median over pairs)."""
@@ -171,6 +186,8 @@ class Ranking:
         return {
             "spearman": spearman(self.live, self.simulated),
             "kendall": kendall(self.live, self.simulated),
+            "spearman_at_speed": None if self.at_speed is None else spearman(self.live, self.at_speed),
+            "kendall_at_speed": None if self.at_speed is None else kendall(self.live, self.at_speed),
             "spearman_repeat": statistics.median(spearman(a, b) for a, b in pairs) if pairs else None,
             "kendall_repeat": statistics.median(kendall(a, b) for a, b in pairs) if pairs else None,
         }
@@ -209,6 +226,9 @@ class Validation:
                 live=tuple(one.live("ttft_s", "mean") for one in found),
                 simulated=tuple(one.simulated("ttft_s", "mean") for one in found),
                 repeats=tuple(zip(*([r["live"]["ttft_s"]["mean"] for r in one.rows] for one in found), strict=True)),
+                at_speed=tuple(one.simulated("ttft_s", "mean", "at_speed") for one in found)
+                if all("at_speed" in one.sides for one in found)
+                else None,
             )
             for key, found in groups.items()
             if len(found) >= _RANKED
@@ -226,6 +246,7 @@ class Validation:
                 "live": _by_metric(one.live),
                 "repeat_error": _by_metric(one.repeat_error),
                 "measured_over_profile": one.machine,
+                "within_drift": _by_metric(one.within_drift),
                 **{side: _side(one, side, bounds) for side in one.sides},
             }
             for one in self.compared

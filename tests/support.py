@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,17 @@ TOY: dict[str, Any] = {
         "decode_context_us": 0.05,
     },
 }
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Run ``servegym`` with arguments, the name of a command first; its exit code."""
+    from servegym.agents.cli import main
+
+    monkeypatch.setattr("sys.argv", ["servegym", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
 
 
 def random_table(seed: int, count: int = 400, rate_rps: float = 40.0, **columns: Any) -> RequestTable:
@@ -79,14 +91,3 @@ def session_table(seed: int, sessions: int = 60, turns: int = 4, think_s: float 
         row["parent"] = new.get(int(row["parent"]), -1)
     columns = {name: [rows[i][name] for i in order] for name in rows[0]}
     return RequestTable.build(**columns)
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run a command of the command line in this process; return its exit code."""
-    from servegym.agents.cli import main
-
-    monkeypatch.setattr("sys.argv", ["servegym", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code

@@ -194,6 +194,7 @@ def _finish(measured: _Measurements, options: Options) -> Calibration:
         engine=measured.limits,
         step_time=fit.step_time,
         frontend=frontend,
+        drift=None if fit.drift is None else significant(fit.drift, 2),
     )
     result = Calibration(profile, fit, measured.samples, measured.overheads, exact, measured.rounds)
     write(render(profile, _header(result)), options.out)
@@ -208,8 +209,20 @@ def _header(result: Calibration) -> list[str]:
     lines += [
         "",
         f"Steps scatter by {result.fit.noise:.1%} around the fit; {result.fit.stragglers:.1%} take twice as long.",
+        drift_of(result.fit),
     ]
     return [*lines, "", "Not identified:", *(f"  {text}" for text in result.fit.unidentified)]
+
+
+def drift_of(fit: Fit) -> str:
+    """Say how far the machine's speed went up and down meanwhile."""
+    if fit.drift is None:
+        return "One round: how far the machine's speed drifts is not known."
+    low, high = min(fit.levels) - 1, max(fit.levels) - 1
+    return (
+        f"Rounds took {low:+.1%} to {high:+.1%} longer than fitted, standard deviation {fit.drift:.1%}: no run of"
+        " their length is predicted better."
+    )
 
 
 def _frontend(delays: list[Delay], fit: Fit) -> Frontend | None:

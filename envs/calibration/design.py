@@ -14,7 +14,8 @@ _KV_SHARE = 0.7
 STEPS = 12
 """Decode steps of a point."""
 _STREAMS = (2, 6, 14)
-_TRAFFIC_CHUNK = 1024
+_TRAFFIC_BUDGETS = 2
+"""Longest prompt of traffic, in token budgets of a step: some are prefilled in chunks, as in service."""
 TRAFFIC_REQUESTS = 30
 """Requests of a visit of traffic, over all streams."""
 TRAFFIC_OUTPUTS = (4, 64)
@@ -30,8 +31,8 @@ class Point:
         context: prompt tokens of each of them.
         chunk: prompt tokens of a request that comes alone, or in the midst of the decoding ones; 0 for none.
         prior: prompt tokens before them that are in the prefix cache.
-        streams: in place of all that: requests of random lengths that are always in flight, as in service. Steps take
-            longer there than alone: caches are shared with what comes and goes.
+        streams: in place of all that: requests of random lengths, prompts of up to ``chunk`` tokens, that are always in
+            flight, as in service. Steps take longer there than alone: caches are shared with what comes and goes.
     """
 
     decodes: int = 0
@@ -80,10 +81,17 @@ def design(limits: EngineLimits, *, traffic: bool = False) -> list[Point]:
         for chunk in (64, 512)
         if batch < limits.max_num_seqs and chunk in chunks and room >= 512 and batch * (512 + 4 * STEPS) + chunk <= kv
     ]
-    longest = min(_TRAFFIC_CHUNK, limits.max_num_batched_tokens, room - TRAFFIC_OUTPUTS[1])
-    points += [
-        Point(streams=streams, chunk=longest)
-        for streams in _STREAMS
-        if traffic and streams <= limits.max_num_seqs and longest >= _CHUNKS[0] and streams * longest <= kv
-    ]
+    if traffic:
+        busy = [(streams, _longest_in_traffic(limits, streams, room, kv)) for streams in _STREAMS]
+        points += [
+            Point(streams=streams, chunk=longest)
+            for streams, longest in busy
+            if streams <= limits.max_num_seqs and longest >= _CHUNKS[0]
+        ]
     return points
+
+
+def _longest_in_traffic(limits: EngineLimits, streams: int, room: int, kv: float) -> int:
+    """Return prompt tokens that as many requests at once may have without a preemption."""
+    fits = int(kv / streams) - TRAFFIC_OUTPUTS[1]
+    return min(_TRAFFIC_BUDGETS * limits.max_num_batched_tokens, room - TRAFFIC_OUTPUTS[1], fits)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from servegym.envs.profiles.fitting import FitQuality, FloatArray, significant
+from servegym.envs.profiles.fitting import FitQuality, FloatArray, fit_relative, significant
 from servegym.envs.profiles.profile import StepTime, TokenCurve
 
 # A second token activates other experts than the first; later ones ever fewer new ones.
@@ -35,7 +35,6 @@ _CORRELATED = 0.9
 STRAGGLER = 2.0
 """A step that takes this many times its usual duration was disturbed by something else."""
 _TRIMMED = 0.5
-_TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +105,8 @@ class Fit:
         quality: relative errors by kind of point.
         noise: robust coefficient of variation of a step around the fit.
         stragglers: share of samples that took more than twice the fit.
+        levels: time of all steps of each round over what the fit says of them. A run that lasts as long as a round
+            cannot be predicted better than these lie apart: that is the machine's doing, not the model's.
         unidentified: what the measurements do not tell, one sentence each.
     """
 
@@ -116,7 +117,13 @@ class Fit:
     quality: dict[str, FitQuality]
     noise: float
     stragglers: float
+    levels: tuple[float, ...]
     unidentified: tuple[str, ...]
+
+    @property
+    def drift(self) -> float | None:
+        """Standard deviation of the levels of rounds; None for a single one."""
+        return float(np.std(self.levels, ddof=1)) if len(self.levels) > 1 else None
 
     def term(self, name: str) -> Term | None:
         """Return a coefficient; None if there was nothing to tell it from."""
@@ -131,6 +138,8 @@ class Fit:
             },
             "noise": self.noise,
             "stragglers": self.stragglers,
+            "levels": list(self.levels),
+            "drift": self.drift,
             "unidentified": list(self.unidentified),
         }
 
@@ -156,8 +165,8 @@ def fit_steps(samples: Sequence[Sample], seed: int = 0) -> Fit:
     us = np.array([row.us for row in rows])
     kept = _usual(columns, us)
     # Relative to what is fitted rather than to what was measured: else short steps would count more than long ones.
-    unit = columns @ _fit_relative(columns[kept], us[kept], us[kept]) / np.sqrt(steps)
-    coefficients = _fit_relative(columns[kept], us[kept], unit[kept])
+    unit = columns @ fit_relative(columns[kept], us[kept], us[kept]) / np.sqrt(steps)
+    coefficients = fit_relative(columns[kept], us[kept], unit[kept])
     good = [row for row, usual in zip(rows, kept, strict=True) if usual]
     resampled = _bootstrap(good, columns[kept], us[kept], unit[kept], seed)
     tail = 50 * (1 - _CONFIDENCE)
@@ -177,6 +186,7 @@ def fit_steps(samples: Sequence[Sample], seed: int = 0) -> Fit:
         quality=_quality(rows, fitted, us),
         noise=float(1.4826 * np.median(np.abs(deviation))),
         stragglers=float(np.mean(ratio > STRAGGLER)),
+        levels=_levels(rows, fitted, us),
         unidentified=tuple(_unidentified(terms, resampled, samples)),
     )
 
@@ -214,47 +224,10 @@ def _windows(samples: Sequence[Sample], columns: FloatArray) -> tuple[list[Sampl
 
 def _usual(columns: FloatArray, us: FloatArray) -> npt.NDArray[np.bool_]:
     """Say which samples are not off by more than half and five robust deviations, shape (samples,)."""
-    fitted = columns @ _fit_relative(columns, us, us)
+    fitted = columns @ fit_relative(columns, us, us)
     error = np.abs(us / np.maximum(fitted, 1e-9) - 1)
     kept = error <= max(_TRIMMED, 5 * 1.4826 * float(np.median(error)))
     return kept if kept.sum() > columns.shape[1] else np.ones(len(us), dtype=bool)
-
-
-def _fit_relative(columns: FloatArray, us: FloatArray, unit: FloatArray) -> FloatArray:
-    """Return the coefficients of at least 0 with the least squared error in units: Lawson and Hanson's active sets.
-
-    The terms here are alike enough that dropping the most negative coefficient, once and for all, can end far off.
-
-    Args:
-        columns: shape (rows, terms).
-        us: what was measured, shape (rows,).
-        unit: of the error of each row, same shape.
-    """
-    scaled = columns / unit[:, None]
-    size = np.linalg.norm(scaled, axis=0)
-    scaled = scaled / np.where(size > 0, size, 1.0)
-    gram, target = scaled.T @ scaled, scaled.T @ (us / unit)
-    free = np.zeros(len(size), dtype=bool)
-    found = np.zeros(len(size))
-    for _ in range(10 * len(size)):
-        gradient = np.where(free, -np.inf, target - gram @ found)
-        best = int(gradient.argmax())
-        if gradient[best] <= _TOLERANCE * len(us):
-            break
-        free[best] = True
-        while free.any():
-            trial = np.zeros(len(size))
-            trial[free] = np.linalg.lstsq(gram[np.ix_(free, free)], target[free], rcond=None)[0]
-            bad = free & (trial <= 0)
-            if not bad.any():
-                found = trial
-                break
-            # As far towards the solution as nothing turns negative; what arrives at 0 stays there.
-            share = (found[bad] / np.maximum(found[bad] - trial[bad], 1e-300)).min()
-            found = found + share * (trial - found)
-            free &= found > _TOLERANCE
-            found[~free] = 0.0
-    return found / np.where(size > 0, size, 1.0)
 
 
 def _bootstrap(rows: Sequence[Sample], columns: FloatArray, us: FloatArray, unit: FloatArray, seed: int) -> FloatArray:
@@ -266,7 +239,7 @@ def _bootstrap(rows: Sequence[Sample], columns: FloatArray, us: FloatArray, unit
     groups = [np.array(rows) for rows in cells.values()]
     for _ in range(_RESAMPLES):
         drawn = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
-        found.append(_fit_relative(columns[drawn], us[drawn], unit[drawn]))
+        found.append(fit_relative(columns[drawn], us[drawn], unit[drawn]))
     return np.array(found)
 
 
@@ -295,6 +268,11 @@ def _quality(rows: Sequence[Sample], fitted: FloatArray, us: FloatArray) -> dict
     for (kind, _), members in cells.items():
         ratios.setdefault(kind, []).append(float(np.median(fitted[members] / us[members])))
     return {kind: FitQuality.of(np.array(found), np.ones(len(found))) for kind, found in sorted(ratios.items())}
+
+
+def _levels(rows: Sequence[Sample], fitted: FloatArray, us: FloatArray) -> tuple[float, ...]:
+    rounds = np.array([row.round for row in rows])
+    return tuple(float(us[rounds == r].sum() / fitted[rounds == r].sum()) for r in np.unique(rounds))
 
 
 def _unidentified(terms: tuple[Term, ...], resampled: FloatArray, samples: Sequence[Sample]) -> list[str]:

@@ -151,11 +151,16 @@ class Probe:
         return Measured(samples_of(steps, point.name, round_), delays)
 
     async def _traffic(self, point: Point, round_: int) -> Measured:
-        """Keep requests of random lengths in flight, short ones as frequent as long ones by order of magnitude."""
+        """Keep requests of many lengths in flight, short ones as frequent as long ones by order of magnitude.
+
+        The lengths are those of a grid in random order, so that every visit has the same work.
+        """
         self._steps()
         low, high = np.log2((_SHORTEST, point.chunk))
-        lengths = np.exp2(self._rng.uniform(low, high, TRAFFIC_REQUESTS)).astype(int)
-        outputs = self._rng.integers(*TRAFFIC_OUTPUTS, size=TRAFFIC_REQUESTS, endpoint=True)
+        grid = (np.arange(TRAFFIC_REQUESTS) + 0.5) / TRAFFIC_REQUESTS
+        lengths = self._rng.permutation(np.exp2(low + (high - low) * grid).astype(int))
+        shortest, longest = TRAFFIC_OUTPUTS
+        outputs = self._rng.permutation((shortest + (longest + 1 - shortest) * grid).astype(int))
         prompts = [self._tokens(int(length)) for length in lengths]
         done: list[tuple[int, Completion]] = []
 

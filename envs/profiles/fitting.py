@@ -11,6 +11,7 @@ import numpy.typing as npt
 from servegym.envs.profiles.profile import TokenCurve
 
 FloatArray = npt.NDArray[np.float64]
+_TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +42,47 @@ class FitQuality:
         return f"{self.points} points, error median {100 * self.median:.1f} %, worst {100 * self.worst:.1f} %"
 
 
-def fit_relative(columns: FloatArray, values: FloatArray) -> FloatArray:
-    """Return the non-negative coefficients that minimise the squared relative error of ``columns @ coefficients``.
+def fit_relative(columns: FloatArray, values: FloatArray, unit: FloatArray | None = None) -> FloatArray:
+    """Return the non-negative coefficients with the least squared error of ``columns @ coefficients``.
 
-    The active set is found by dropping, one by one, the coefficient that comes out most negative: exact enough for the
-    handful of well separated cost terms here, and free of scipy.
+    By the active sets of Lawson and Hanson (Solving Least Squares Problems, 1974, chapter 23), without scipy. Dropping
+    the most negative coefficient once and for all can end far off where terms are alike.
 
     Args:
         columns: shape (points, coefficients).
         values: positive values, shape (points,).
+        unit: in which the error of each point counts, same shape; default: its value, for the relative error.
 
     >>> fit_relative(np.array([[1.0, 1], [1, 2], [1, 3]]), np.array([5.0, 7, 9])).round(6).tolist()
     [3.0, 2.0]
     """
-    kept = np.arange(columns.shape[1])
-    coefficients = np.zeros(columns.shape[1])
-    while kept.size:
-        solution, *_ = np.linalg.lstsq(columns[:, kept] / values[:, None], np.ones(len(values)), rcond=None)
-        if solution.min() >= 0:
-            coefficients[kept] = solution
+    unit = values if unit is None else unit
+    scaled = columns / unit[:, None]
+    size = np.linalg.norm(scaled, axis=0)
+    size = np.where(size > 0, size, 1.0)
+    scaled, target = scaled / size, values / unit
+    enough = _TOLERANCE * np.linalg.norm(target)
+    free = np.zeros(len(size), dtype=bool)
+    found = np.zeros(len(size))
+    for _ in range(10 * len(size)):
+        gradient = np.where(free, -np.inf, scaled.T @ (target - scaled @ found))
+        best = int(gradient.argmax())
+        if gradient[best] <= enough:
             break
-        kept = np.delete(kept, solution.argmin())
-    return coefficients
+        free[best] = True
+        while free.any():
+            trial = np.zeros(len(size))
+            trial[free] = np.linalg.lstsq(scaled[:, free], target, rcond=None)[0]
+            bad = free & (trial <= 0)
+            if not bad.any():
+                found = trial
+                break
+            # As far towards the solution as nothing turns negative; what arrives at 0 stays there.
+            share = (found[bad] / np.maximum(found[bad] - trial[bad], 1e-300)).min()
+            found = found + share * (trial - found)
+            free &= found > _TOLERANCE
+            found[~free] = 0.0
+    return found / size
 
 
 def fit_curve(tokens: FloatArray, us: FloatArray, knots: npt.NDArray[np.int64]) -> FloatArray:

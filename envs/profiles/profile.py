@@ -37,6 +37,7 @@ from servegym.configuration import Config, find_config, load_config
 PositiveInt = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+_NORMAL_95 = 1.96
 
 
 class TokenCurve(Config):
@@ -207,6 +208,22 @@ class Profile(Config):
     frontend: Frontend | None = Field(
         default=None, description="Delays of a request outside of the engine's steps, microseconds; none: 0."
     )
+    drift: NonNegative | None = Field(
+        default=None,
+        description="Standard deviation of the machine's speed between rounds of the calibration, relative.",
+    )
+
+    @property
+    def slowness(self) -> tuple[float, float] | None:
+        """Factors on all step times that hold 95 % of runs as long as a round of the calibration; None: not known.
+
+        >>> load_profile("cpu-tiny-moe").model_copy(update={"drift": 0.05}).slowness
+        (0.9066, 1.103)
+        """
+        if self.drift is None:
+            return None
+        faster, slower = np.exp([-_NORMAL_95 * self.drift, _NORMAL_95 * self.drift]).tolist()
+        return float(f"{faster:.4g}"), float(f"{slower:.4g}")
 
     def scaled(self, factors: StepFactors) -> Profile:
         """Return the profile with each term of its costs multiplied."""

@@ -1,8 +1,9 @@
 """The cells of a validation: a live run, and a simulation of the same requests under the same policies.
 
-Machines drift, so repetitions go round all cells. With our scheduler in the engines, records of their steps say how
-fast the machine was during a run, compared with what the profile promises; a second simulation, at that speed, tells
-what the model gets wrong from what the machine did.
+Machines drift, so repetitions go round all cells, and a profile that knows how far its machine drifted is simulated on
+a slower and a faster one, too: between the two lies what it can promise. With our scheduler in the engines, records of
+their steps say how fast the machine was during a run, compared with what the profile promises; one more simulation, at
+that speed, tells what the model gets wrong from what the machine did.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from servegym.envs.profiles.profile import Profile, load_profile
 from servegym.envs.requests import RequestSource
 from servegym.envs.simulation import Policies
 from servegym.envs.simulator.cluster import SimulatedCluster
-from servegym.envs.simulator.config import ClusterConfig
+from servegym.envs.simulator.config import ClusterConfig, Fault
 from servegym.envs.simulator.metrics import Float, RunOutcome, summary
 from servegym.envs.validation.agreement import QueueLengths
 from servegym.envs.validation.config import Cell, ValidationConfig
@@ -108,7 +109,13 @@ class Validator:
         failed += 0 if self._ordered is None else self._ordered.failed_decisions
         slip = live.slip_s
         repeated = with_live_prefixes(as_sent(table, live.outcome.arrival_s + slip), self._profile.engine.block_size)
-        simulated = self._simulate(repeated, policies, rate)
+        sides = {"simulated": self._simulate(repeated, policies, rate)}
+        for side, factor in zip(("faster", "slower"), self._profile.slowness or (), strict=False):
+            sides[side] = self._simulate(repeated, policies, rate, self._slow(factor))
+        if any(steps):
+            speeds = [Speed.of(engine, self._profile, live.start_s) for engine in steps]
+            recorded = [fault for engine, speed in enumerate(speeds) for fault in speed.faults(engine)]
+            sides["at_speed"] = self._simulate(repeated, policies, rate, recorded)
         row: dict[str, Any] = {
             "repetition": cell.repetition,
             "scenario": cell.scenario,
@@ -117,17 +124,14 @@ class Validator:
             "requests": len(table),
             "rate_rps": self.rate_rps(cell),
             "live": _metrics(live.outcome, slip),
-            "simulated": _metrics(simulated, np.zeros(len(table))),
+            **{side: _metrics(outcome, np.zeros(len(table))) for side, outcome in sides.items()},
             "slip_s": summary(slip),
             "failed_decisions": failed,
-            "queue": self._queues(live, {"simulated": simulated}),
+            "queue": self._queues(live, {side: sides[side] for side in ("simulated", "at_speed") if side in sides}),
         }
         if any(steps):
-            speeds = [Speed.of(engine, self._profile, live.start_s) for engine in steps]
-            at_speed = self._simulate(repeated, policies, rate, speeds)
+            simulated = sides["simulated"]
             row |= {
-                "at_speed": _metrics(at_speed, np.zeros(len(table))),
-                "queue": self._queues(live, {"simulated": simulated, "at_speed": at_speed}),
                 "step_time": [speed.summary() for speed in speeds],
                 # Prompts less what the prefix caches had of them.
                 "prefill_tokens": {
@@ -136,6 +140,9 @@ class Validator:
                 },
             }
         return row
+
+    def _slow(self, factor: float) -> list[Fault]:
+        return [Fault(at_s=0.0, engine=engine, kind="slow", factor=factor) for engine in range(len(self._target.urls))]
 
     def _live(self, table: RequestTable, policies: Policies) -> tuple[ReplayResult, list[list[Step]], float | None]:
         options, target = self._config.live, self._target
@@ -165,10 +172,9 @@ class Validator:
         return result, steps, records[0].prefill_tokens_per_s if records else None
 
     def _simulate(
-        self, table: RequestTable, policies: Policies, rate: float | None, speeds: Sequence[Speed] = ()
+        self, table: RequestTable, policies: Policies, rate: float | None, faults: Sequence[Fault] = ()
     ) -> RunOutcome:
-        faults = tuple(fault for engine, speed in enumerate(speeds) for fault in speed.faults(engine))
-        cluster = self._cluster.model_copy(update={"faults": faults})
+        cluster = self._cluster.model_copy(update={"faults": tuple(faults)})
         run = SimulatedCluster(cluster, table, *policies.make(), seed=self._config.seed, source=self._config.name)
         if rate is not None:
             # What the policies inside the engines were told.

@@ -34,6 +34,7 @@ def profile(tmp_path: Path) -> Path:
     content = TOY | {
         "step_time": step | {"prefill_pair_us": 0, "decode_context_us": 0},
         "frontend": {"request_us": DELAY_US, "response_us": DELAY_US},
+        "drift": 0.1,
     }
     path = tmp_path / "fake.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -69,6 +70,7 @@ def test_a_server_whose_times_are_known(
     assert cell["simulated"]["tpot_s"]["p50"] == pytest.approx(1e-6 * STEP_US)
     assert abs(cell["simulated"]["error"]["tpot_s"]["p50"]) < 0.3
     assert abs(cell["simulated"]["error"]["ttft_s"]["p50"]) < 0.3
+    assert cell["within_drift"]["tpot_s"]["p50"] in (True, False)
     assert plot.stat().st_size > 1000
 
     # All cells are there: no engine is needed any more, and the result is the same.
@@ -76,7 +78,9 @@ def test_a_server_whose_times_are_known(
     assert command(monkeypatch, "validate", *options, "--json") == 0
     assert json.loads(capsys.readouterr().out)["cells"] == [cell]
     assert command(monkeypatch, "validate", *options) == 0
-    assert "steady" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "steady" in shown
+    assert "within drift" in shown
     assert command(monkeypatch, "validate", *options, "--set", "seed=1") == 2
     assert "holds another validation" in capsys.readouterr().err
 
@@ -136,3 +140,28 @@ def test_medians_over_repetitions_and_what_is_beyond_the_bounds() -> None:
     (ranking,) = result.rankings
     assert ranking.agreement()["spearman"] == pytest.approx(0.8)
     assert ranking.agreement()["spearman_repeat"] == pytest.approx(0.4)
+    assert ranking.agreement()["spearman_at_speed"] is None
+
+    at_speed = [one | {"at_speed": row(one["policy"], 0, 0, live[one["policy"]][0])["simulated"]} for one in rows]
+    for one in at_speed:
+        one["queue"] = {"error": {"simulated": 0.1, "at_speed": 0.1}}
+    (ranking,) = Validation(config, tuple(at_speed)).rankings
+    assert ranking.agreement()["spearman_at_speed"] == pytest.approx(1.0)
+
+
+def test_what_the_drift_of_the_machine_explains() -> None:
+    config = ValidationConfig.model_validate(
+        {"policies": {"a": {}}, "scenarios": {"one": {"workload": {"name": "fixed"}, "loads": [0.5]}}}
+    )
+    rows = [row("a", i, live, 90) for i, live in enumerate((100, 104, 110))]
+    for one, faster, slower in zip(rows, (80, 81, 82), (103, 105, 107), strict=True):
+        one |= {"faster": row("a", 0, 0, faster)["simulated"], "slower": row("a", 0, 0, slower)["simulated"]}
+    (known,) = Validation(config, tuple(rows)).compared
+    assert known.drift("ttft_s", "mean") == pytest.approx((0.081, 0.105))
+    assert known.within_drift("ttft_s", "mean")
+    assert Validation(config, tuple(rows)).as_json()["cells"][0]["within_drift"]["tpot_s"]["p95"] is True
+    (beyond,) = Validation(config, (rows[2],)).compared
+    assert beyond.within_drift("ttft_s", "mean") is False
+    (unknown,) = Validation(config, (row("a", 0, 100, 90),)).compared
+    assert unknown.drift("ttft_s", "mean") is None
+    assert unknown.within_drift("ttft_s", "mean") is None

@@ -16,9 +16,8 @@ import numpy as np
 import plotly.graph_objects
 import pytest
 import yaml
-from support import TOY
+from support import TOY, command
 
-from servegym.agents.cli import main
 from servegym.agents.evaluation import Evaluation, EvaluationConfig, evaluate
 from servegym.agents.evaluation.folder import load_evaluation, origin
 from servegym.agents.report.detail import record
@@ -269,29 +268,22 @@ def test_live_engines_have_no_recorded_runs(tmp_path: Path) -> None:
     assert " ".join(page.text.split()).count("Left out: requests on live engines are not recorded one by one.") == 4
 
 
-def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["servegym", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
 def test_the_commands(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     page, folder = tmp_path / "page.html", made.folder
-    assert _main(monkeypatch, "report", folder, "--html", page, "--load", "0.9", "--policies", "rr,oracle") == 0
+    assert command(monkeypatch, "report", folder, "--html", page, "--load", "0.9", "--policies", "rr,oracle") == 0
     text = _Page(page.read_text(encoding="utf-8")).text
     assert "load 0.9, seed" in text
     assert "rr, oracle" in text or "oracle, rr" in text
     assert capsys.readouterr().out == f"report: {page}\n"
     config = folder / "config.yaml"  # that of a folder is a config like any other
     again = ("evaluate", config, "--out", folder, "--json", "--html", tmp_path / "again.html")
-    assert _main(monkeypatch, *again) == 0
+    assert command(monkeypatch, *again) == 0
     assert json.loads(capsys.readouterr().out)["config_sha256"] == made.result.config.digest()
     assert made.result.config.digest() in (tmp_path / "again.html").read_text(encoding="utf-8")
     for missing in ("plotly", "jinja2"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, missing, None)
-            assert _main(patch, *again) == 2
+            assert command(patch, *again) == 2
         line = f"{missing} is not installed; allowed: pip install 'servegym[plot]'"
         assert capsys.readouterr().err.strip().endswith(line)
 

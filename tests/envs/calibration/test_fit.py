@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -114,6 +116,15 @@ def test_the_mean_step_is_fitted(profile: Profile) -> None:
     fit = fit_steps(samples)
     total = sum(sample.us for sample in samples)
     assert fit.fitted_us.sum() == pytest.approx(total, rel=0.01)
+
+
+def test_rounds_tell_how_far_the_machine_drifts(profile: Profile) -> None:
+    speed = (0.95, 1.05, 1.0, 0.98, 1.02)
+    slowed = [replace(sample, us=sample.us * speed[sample.round]) for sample in drawn(profile, 0.0, 0)]
+    fit = fit_steps(slowed)
+    assert np.array(fit.levels) / np.mean(fit.levels) == pytest.approx(speed, rel=0.01)
+    assert fit.drift == pytest.approx(np.std(speed, ddof=1), rel=0.1)
+    assert fit_steps([sample for sample in slowed if sample.round == 0]).drift is None
 
 
 def test_it_says_what_was_not_measured(profile: Profile) -> None:

@@ -29,6 +29,24 @@ def test_negative_terms_are_dropped_and_the_rest_refitted() -> None:
     assert slope_negative[0] == pytest.approx(2.9, rel=0.01)
 
 
+def test_the_least_error_is_found_where_terms_are_alike() -> None:
+    """No coefficient can move to a smaller error, which dropping the most negative one by one does not reach."""
+    rng = np.random.default_rng(np.random.SeedSequence(6))
+    for _ in range(100):
+        columns = np.abs(rng.normal(size=(20, 6)))
+        values = columns @ rng.normal(size=6)
+        values = np.abs(values) + 0.1
+        found = fit_relative(columns, values)
+        slope = (columns / values[:, None]).T @ (columns @ found / values - 1)
+        assert slope.min() > -1e-6
+        assert np.abs(slope[found > 0]).max(initial=0.0) < 1e-6
+
+
+def test_a_unit_of_the_error() -> None:
+    (constant,) = fit_relative(np.ones((2, 1)), np.array([1.0, 100.0]), np.ones(2))
+    assert constant == pytest.approx(50.5)
+
+
 def test_curve_does_not_fall() -> None:
     tokens = np.arange(1.0, 33.0)
     noisy = 10 + 0.1 * np.sin(tokens) + np.maximum(tokens - 16, 0)
