@@ -218,8 +218,8 @@ class TrainConfig(Config):
                 )
         if self.evolution is not None and self.evolution.budget_share is not None and "request" not in self.layers:
             raise ValueError("evolution.budget_share only where the request level is trained")
-        for layer in self.layers if self.evolution is not None else ():
-            for name in self.evolution.gate:
+        for layer in self.layers:
+            for name in () if self.evolution is None else self.evolution.gate:
                 if name not in DECISIONS[layer].context_names:
                     raise ValueError(f"evolution.gate: features of the {layer} level's context, not {name}")
         if self.algorithm.paired_envs > 1 and self.environment != "EngineDispatch-v0":
