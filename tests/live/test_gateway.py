@@ -169,8 +169,8 @@ def test_policies_dispatch_and_are_swapped_under_load(two_engines: LiveCluster, 
     counts = Counter(record["chosen"] for record in by_policy["round_robin"])
     assert abs(counts[0] - counts[1]) <= 1
     assert not any(record["fallback"] for record in log)
-    # The first byte at the gateway and at the client differ by the loopback and the client's own delay, which grows with
-    # the queues where the machine is too slow for this load.
+    # The first byte at the gateway and at the client differ by the loopback and the client's own delay, which grows
+    # with the queues where the machine is too slow for this load.
     logged = np.median([record["ttft_s"] for record in log])
     seen = np.median(result.outcome.ttft_s - result.slip_s)
     assert abs(logged - seen) < max(0.015, 0.05 * seen)
