@@ -82,12 +82,9 @@ def test_from_nothing_it_finds_a_rule(make: Any, tmp_path: Path) -> None:
     assert policy.weights["prior.weight"].any()
 
 
-@pytest.mark.parametrize("tune", ["linear", "network"])
-def test_the_same_twice_and_after_an_interruption(tune: str, make: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    config = make(evolution={"episodes": 2, "population": 6, "tune": tune}, network={"width": 4, "prior": "none"})
-    whole = train(config, out=tmp_path / "whole", progress=False)
-    assert train(config, out=tmp_path / "again", progress=False).best_objective == whole.best_objective
-    play, left = Episodes.play, [60]
+def interrupt_at(episode: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C once, when the search begins to play its episode of this number, counted from 1."""
+    play, left = Episodes.play, [episode]
 
     def interrupted(*arguments: Any) -> Any:
         left[0] -= 1
@@ -96,6 +93,14 @@ def test_the_same_twice_and_after_an_interruption(tune: str, make: Any, tmp_path
         return play(*arguments)
 
     monkeypatch.setattr(Episodes, "play", interrupted)
+
+
+@pytest.mark.parametrize("tune", ["linear", "network"])
+def test_the_same_twice_and_after_an_interruption(tune: str, make: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    config = make(evolution={"episodes": 2, "population": 6, "tune": tune}, network={"width": 4, "prior": "none"})
+    whole = train(config, out=tmp_path / "whole", progress=False)
+    assert train(config, out=tmp_path / "again", progress=False).best_objective == whole.best_objective
+    interrupt_at(60, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(config, out=tmp_path / "cut", progress=False)
     resumed = train(None, resume=tmp_path / "cut", progress=False)
@@ -216,15 +221,7 @@ def test_layers_in_turn_and_then_together(
     assert load_bundle(whole.policy).manifest.layer == "engine"
     assert load_bundle(tmp_path / "whole" / "policy_expert").manifest.layer == "expert"
 
-    play, left = Episodes.play, [14]  # in the second phase
-
-    def interrupted(*arguments: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        return play(*arguments)
-
-    monkeypatch.setattr(Episodes, "play", interrupted)
+    interrupt_at(14, monkeypatch)  # in the second phase
     with pytest.raises(KeyboardInterrupt):
         train(config, out=tmp_path / "cut", progress=False)
     train(None, resume=tmp_path / "cut", progress=False)
