@@ -60,8 +60,11 @@ class FakeEngine:
 def gateway_before(
     urls: Sequence[str], folder: Path, static_key: StaticKey | None = None, **settings: Any
 ) -> Iterator[Deployment]:
-    """A deployment whose loop runs in a thread, for clients that have a loop of their own."""
-    config = DeployConfig.model_validate({"listen": "127.0.0.1:0"} | settings)
+    """A deployment whose loop runs in a thread, for clients that have a loop of their own.
+
+    Its deadline is long: clients and engines share the cores, and what comes too late is sent on without a decision.
+    """
+    config = DeployConfig.model_validate({"listen": "127.0.0.1:0", "deadline_ms": 10_000} | settings)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

@@ -86,6 +86,7 @@ def read_outcome(entry: Any) -> Outcome:
         total_s=common.duration.seconds + common.duration.nanos * 1e-9,
         prompt_tokens=count("prompt_tokens"),
         output_tokens=count("completion_tokens"),
+        path=entry.request.path,
     )
 
 

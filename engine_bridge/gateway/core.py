@@ -141,7 +141,7 @@ class Gateway:
 
     async def decide(self, request: IncomingRequest) -> Decision:
         """Say where a request goes, or what it is answered; never raises."""
-        if request.path.partition("?")[0] not in PATHS:
+        if not _generates(request.path):
             return self._elsewhere(request)
         begun = time.perf_counter()
         limits = self._config.limits
@@ -222,6 +222,8 @@ class Gateway:
         """Take note of a request's end."""
         flight = self._flights.pop(outcome.request_id, None)
         if flight is None:
+            if outcome.endpoint is not None and _generates(outcome.path):
+                self.metrics.undecided(outcome.endpoint)
             return
         now, record = self.now(), flight.record
         if outcome.endpoint is not None:
@@ -360,6 +362,11 @@ class Gateway:
         self.metrics.refused(reason, status)
         self.recent.unserved(self.now(), "refused")
         return Decision(status, message=message, retry_after_s=retry_after_s)
+
+
+def _generates(path: str) -> bool:
+    """Whether a request of this path generates tokens, and so is dispatched by a policy."""
+    return path.partition("?")[0] in PATHS
 
 
 def _ranked(scores: FloatArray, available: FloatArray) -> tuple[int, ...]:

@@ -70,6 +70,7 @@ class Outcome:
         total_s: from its arrival to its end.
         prompt_tokens: as the engine counts.
         output_tokens: as the engine counts.
+        path: that it asked for; empty if nobody told.
     """
 
     request_id: str
@@ -82,3 +83,4 @@ class Outcome:
     total_s: float | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    path: str = ""

@@ -50,6 +50,12 @@ class GatewayMetrics:
         self._fallbacks = Counter(
             "servegym_fallbacks", "Decisions made by the heuristic instead", ["policy", "reason"], registry=registry
         )
+        self._undecided = Counter(
+            "servegym_undecided_requests",
+            "Requests that Envoy sent on by itself: the picker had not answered in time",
+            ["engine"],
+            registry=registry,
+        )
         self._refusals = Counter(
             "servegym_refusals", "Requests answered without an engine", ["reason", "code"], registry=registry
         )
@@ -87,6 +93,10 @@ class GatewayMetrics:
         """Count a decision that the policy did not make; nothing if ``reason`` is empty."""
         if reason:
             self._fallbacks.labels(policy, reason).inc()
+
+    def undecided(self, engine: str) -> None:
+        """Count a request that an engine has served without a decision."""
+        self._undecided.labels(engine).inc()
 
     def shadow(self, policy: str, agrees: bool) -> None:
         """Count what a watching policy would have done."""

@@ -13,7 +13,7 @@ from servegym.engine_bridge.cluster.config import ClusterFile
 from servegym.engine_bridge.cluster.launcher import running_cluster
 from servegym.envs.profiles.profile import load_profile
 
-LIMITS = ["num_blocks=129", "block_size=16", "max_num_seqs=2", "max_num_batched_tokens=512", "max_model_len=640"]
+LIMITS = ["num_blocks=129", "block_size=16", "max_num_seqs=4", "max_num_batched_tokens=512", "max_model_len=640"]
 
 
 @pytest.fixture

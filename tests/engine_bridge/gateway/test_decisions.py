@@ -196,6 +196,15 @@ def test_the_engine_that_served_is_credited() -> None:
     assert one.in_flight == 0
 
 
+def test_what_the_data_plane_sent_on_by_itself_is_counted() -> None:
+    one = gateway()
+    for path, endpoint in (("/v1/completions?a=b", "b:1"), ("/v1/models", "b:1"), ("/v1/completions", None)):
+        one.finished(Outcome(path, endpoint, 200, True, path=path))
+    page = one.metrics.page().decode()
+    assert 'servegym_undecided_requests_total{engine="b:1"} 1.0' in page
+    assert page.count("servegym_undecided_requests_total{") == 1
+
+
 def test_draws_are_logged_with_their_probability() -> None:
     one = gateway(epsilon=0.5, policy="round_robin")
     records = []
