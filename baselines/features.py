@@ -20,6 +20,8 @@ from servegym.baselines.interface import (
     E_AVAILABLE,
     E_DECODE_STEP_S,
     E_DISPATCHED_SINCE,
+    E_FIRST_TOKEN_S,
+    E_FRESH_TOKENS,
     E_HIT_TOKENS,
     E_INDEX_TOKENS,
     E_INFLIGHT,
@@ -27,6 +29,7 @@ from servegym.baselines.interface import (
     E_ITL_EWMA_S,
     E_KV_TOKENS,
     E_KV_USAGE,
+    E_MAX_BATCHED_TOKENS,
     E_MAX_NUM_SEQS,
     E_MOE_PRESSURE,
     E_PREFILL_REQUESTS,
@@ -36,9 +39,11 @@ from servegym.baselines.interface import (
     E_SESSION_HOME,
     E_TELEMETRY_AGE_S,
     E_TTFT_EWMA_S,
+    E_UNCACHED_TOKENS,
     E_USER_HOME,
     E_WAITING,
     R_DEADLINE_S,
+    R_NOW_S,
     R_PRIORITY,
     R_PROMPT_TOKENS,
     R_TURN,
@@ -105,6 +110,8 @@ ENGINE_FEATURES: tuple[Feature, ...] = (
         low=-10.0,
         high=10.0,
     ),
+    Feature("log_uncached_work", "ln of the tokens ahead and of this request believed not cached, in 1,000", low=-7.0),
+    Feature("log_expected_ttft", "ln of the rest of the running prefill and all that follows, in 0.1 s", low=-math.inf),
 )
 """Of an engine. New ones come last and none changes its meaning: bundles name those that they were trained with."""
 
@@ -124,6 +131,25 @@ REQUEST_FEATURE_NAMES = tuple(feature.name for feature in REQUEST_FEATURES)
 _LARGEST_PRESSURE = math.e  # beyond it, a rank is as loaded as any; the inverse bounds idle ones
 _LARGEST_SIZE = 2.0  # beyond it, a prompt is as large as any: the rarest ones must not outweigh all else
 _RELATIVE_TO = ((18, 0), (19, 1), (20, 7))  # relative feature -> the feature whose minimum it is relative to
+
+
+@compiled
+def _expected_ttft_s(request: FloatArray, engine: FloatArray, tokens: float) -> float:
+    """Seconds until a request with so many uncached tokens would have its first token on an engine.
+
+    What was sent before the engine's last first token is taken to be in the step that began with it, what was sent
+    since in the one after. A step costs a decode step and a time for each token, which the calibrated rate of full
+    steps gives.
+    """
+    step = engine[E_DECODE_STEP_S]
+    token = 1.0 / engine[E_PREFILL_TOKENS_PER_S] - step / max(engine[E_MAX_BATCHED_TOKENS], 1.0)
+    token = max(token, 0.1 / engine[E_PREFILL_TOKENS_PER_S])
+    fresh = min(engine[E_FRESH_TOKENS], engine[E_UNCACHED_TOKENS])
+    running = engine[E_UNCACHED_TOKENS] - fresh
+    left = 0.0
+    if running > 0.0:
+        left = max(step + token * running - (request[R_NOW_S] - engine[E_FIRST_TOKEN_S]), 0.0)
+    return left + step + token * (fresh + tokens)
 
 
 @compiled
@@ -175,6 +201,8 @@ def fill_dispatch_features(
         out[27] = engine[E_INDEX_TOKENS] / engine[E_KV_TOKENS]
         pressure = min(max(engine[E_MOE_PRESSURE], 1.0 / _LARGEST_PRESSURE), _LARGEST_PRESSURE)
         out[28] = 10.0 * math.log(pressure)
+        out[29] = math.log((engine[E_UNCACHED_TOKENS] + prompt - hit) * 1e-3)
+        out[30] = math.log(10.0 * _expected_ttft_s(request, engine, prompt - hit))
         sum_delay += engine[E_PREFILL_TOKENS] / engine[E_PREFILL_TOKENS_PER_S]
         sum_prompts += engine[E_INFLIGHT_PROMPT_TOKENS]
         sum_inflight += engine[E_INFLIGHT]

@@ -46,7 +46,10 @@ E_MOE_PRESSURE = 21
 E_INDEX_TOKENS = 22
 E_TRUE_PREFILL_TOKENS = 23
 E_TRUE_OUTPUT_TOKENS = 24
-ENGINE_COLUMNS = 25
+E_UNCACHED_TOKENS = 25
+E_FRESH_TOKENS = 26
+E_FIRST_TOKEN_S = 27
+ENGINE_COLUMNS = 28
 
 # Columns of QueueView.data, shape (waiting, QUEUE_COLUMNS).
 Q_WAIT_S = 0
@@ -189,6 +192,9 @@ class EngineViews:
     inflight_prompt_tokens = _Column(E_INFLIGHT_PROMPT_TOKENS, "prompt tokens of the requests in flight (exact)")
     prefill_requests = _Column(E_PREFILL_REQUESTS, "requests in flight without first token (exact)")
     prefill_tokens = _Column(E_PREFILL_TOKENS, "prompt tokens of requests in flight without first token (exact)")
+    uncached_tokens = _Column(E_UNCACHED_TOKENS, "of prefill_tokens those believed not cached at dispatch (exact)")
+    fresh_tokens = _Column(E_FRESH_TOKENS, "of uncached_tokens those sent after the engine's last first token (exact)")
+    first_token_s = _Column(E_FIRST_TOKEN_S, "time of the engine's last first token, clock of now_s; 0 before (exact)")
     hit_tokens = _Column(E_HIT_TOKENS, "prompt tokens of this request that the router believes cached there")
     index_tokens = _Column(E_INDEX_TOKENS, "tokens that the router's prefix index holds of the engine (exact)")
     user_home = _Column(E_USER_HOME, "1 at the engine that served this user last, else 0")

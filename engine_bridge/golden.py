@@ -46,6 +46,9 @@ def draw_dispatch(rng: np.random.Generator) -> tuple[i.FloatArray, i.FloatArray]
     engines[:, i.E_PREFILL_TOKENS_PER_S] = np.round(rng.uniform(5e3, 1e5, count))
     engines[:, i.E_DECODE_STEP_S] = np.round(rng.uniform(0.005, 0.02, count), 5)
     engines[:, i.E_MOE_PRESSURE] = np.round(rng.lognormal(0.0, 0.1, count), 4)
+    engines[:, i.E_UNCACHED_TOKENS] = engines[:, i.E_PREFILL_TOKENS] // 2
+    engines[:, i.E_FRESH_TOKENS] = engines[:, i.E_PREFILL_TOKENS] // 4
+    engines[:, i.E_FIRST_TOKEN_S] = np.round(100.0 - rng.exponential(0.05, count), 4)
     request = np.zeros(i.REQUEST_COLUMNS)
     request[i.R_NOW_S] = request[i.R_ARRIVAL_S] = 100.0
     request[i.R_PROMPT_TOKENS] = prompt

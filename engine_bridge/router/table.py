@@ -19,6 +19,8 @@ from servegym.baselines.interface import (
     E_DECODE_STEP_S,
     E_DISPATCHED,
     E_DISPATCHED_SINCE,
+    E_FIRST_TOKEN_S,
+    E_FRESH_TOKENS,
     E_HIT_TOKENS,
     E_INDEX_TOKENS,
     E_INFLIGHT,
@@ -38,6 +40,7 @@ from servegym.baselines.interface import (
     E_TRUE_OUTPUT_TOKENS,
     E_TRUE_PREFILL_TOKENS,
     E_TTFT_EWMA_S,
+    E_UNCACHED_TOKENS,
     E_USER_HOME,
     E_WAITING,
     ENGINE_COLUMNS,
@@ -80,6 +83,7 @@ class _Flight:
 
     engine: int
     prompt_tokens: int
+    uncached_tokens: int
     arrival_s: float
     first_s: float | None = None
 
@@ -112,6 +116,7 @@ class EngineTable:
         self._users: OrderedDict[int, int] = OrderedDict()
         self._sessions: OrderedDict[int, int] = OrderedDict()
         self._homes = homes
+        self._matched: tuple[tuple[int, float], FloatArray] = (-1, 0.0), np.zeros(len(limits))
         self.last_engine = -1
 
     def __len__(self) -> int:
@@ -129,8 +134,7 @@ class EngineTable:
         data[:, E_DISPATCHED_SINCE] = data[:, E_DISPATCHED] - self._dispatched_at_sample
         data[:, E_INDEX_TOKENS] = self.prefixes.tokens()
         if blocks:
-            matched = self.prefixes.match(blocks, request.now_s)
-            data[:, E_HIT_TOKENS] = np.minimum(matched, request.prompt_tokens - 1)
+            data[:, E_HIT_TOKENS] = self._hits(request, blocks)
         for column, homes, key in (
             (E_USER_HOME, self._users, request.user),
             (E_SESSION_HOME, self._sessions, request.session),
@@ -147,7 +151,9 @@ class EngineTable:
         row[E_PREFILL_REQUESTS] += 1
         row[E_PREFILL_TOKENS] += request.prompt_tokens
         row[E_DISPATCHED] += 1
-        self._flights[request.index] = _Flight(engine, request.prompt_tokens, request.arrival_s)
+        uncached = request.prompt_tokens - (int(self._hits(request, blocks)[engine]) if blocks else 0)
+        row[[E_UNCACHED_TOKENS, E_FRESH_TOKENS]] += uncached
+        self._flights[request.index] = _Flight(engine, request.prompt_tokens, uncached, request.arrival_s)
         self.last_engine = engine
         for homes, key in ((self._users, request.user), (self._sessions, request.session)):
             if key >= 0:
@@ -169,6 +175,8 @@ class EngineTable:
             row[E_INFLIGHT_PROMPT_TOKENS] += sign * flight.prompt_tokens
             row[E_PREFILL_REQUESTS] += sign * waits
             row[E_PREFILL_TOKENS] += sign * waits * flight.prompt_tokens
+            row[E_UNCACHED_TOKENS] += sign * waits * flight.uncached_tokens
+            row[E_FRESH_TOKENS] = max(row[E_FRESH_TOKENS] + sign * waits * flight.uncached_tokens, 0)
         flight.engine = engine
 
     def first_token(self, index: int, now_s: float) -> None:
@@ -180,6 +188,9 @@ class EngineTable:
         row = self._data[flight.engine]
         row[E_PREFILL_REQUESTS] -= 1
         row[E_PREFILL_TOKENS] -= flight.prompt_tokens
+        row[E_UNCACHED_TOKENS] -= flight.uncached_tokens
+        row[E_FRESH_TOKENS] = 0
+        row[E_FIRST_TOKEN_S] = now_s
         self._average(row, E_TTFT_EWMA_S, now_s - flight.arrival_s)
 
     def finished(self, index: int, now_s: float, output_tokens: int) -> None:
@@ -201,6 +212,8 @@ class EngineTable:
         if flight.first_s is None:
             row[E_PREFILL_REQUESTS] -= 1
             row[E_PREFILL_TOKENS] -= flight.prompt_tokens
+            row[E_UNCACHED_TOKENS] -= flight.uncached_tokens
+            row[E_FRESH_TOKENS] = min(row[E_FRESH_TOKENS], row[E_UNCACHED_TOKENS])
 
     def renew(self, engine: int) -> None:
         """Let another engine take a place: what was counted and known of the one before is forgotten."""
@@ -243,6 +256,14 @@ class EngineTable:
         if not available and self._data[engine, E_AVAILABLE] > 0:
             self.prefixes.clear(engine)
         self._data[engine, E_AVAILABLE] = float(available)
+
+    def _hits(self, request: RequestView, blocks: Sequence[Hashable]) -> FloatArray:
+        """Return the prompt tokens believed cached on each engine; asked twice for a request, looked up once."""
+        key = (request.index, request.now_s)
+        if self._matched[0] != key:
+            matched = self.prefixes.match(blocks, request.now_s)
+            self._matched = key, np.minimum(matched, request.prompt_tokens - 1)
+        return self._matched[1]
 
     @staticmethod
     def _average(row: FloatArray, column: int, value: float) -> None:

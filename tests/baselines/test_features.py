@@ -9,18 +9,22 @@ from servegym.baselines.features import ENGINE_FEATURE_NAMES, REQUEST_FEATURE_NA
 from servegym.baselines.interface import (
     E_AVAILABLE,
     E_DECODE_STEP_S,
+    E_FIRST_TOKEN_S,
+    E_FRESH_TOKENS,
     E_HIT_TOKENS,
     E_INDEX_TOKENS,
     E_INFLIGHT,
     E_INFLIGHT_PROMPT_TOKENS,
     E_KV_TOKENS,
     E_KV_USAGE,
+    E_MAX_BATCHED_TOKENS,
     E_MAX_NUM_SEQS,
     E_MOE_PRESSURE,
     E_PREFILL_REQUESTS,
     E_PREFILL_TOKENS,
     E_PREFILL_TOKENS_PER_S,
     E_TTFT_EWMA_S,
+    E_UNCACHED_TOKENS,
     ENGINE_COLUMNS,
     EngineViews,
     FloatArray,
@@ -106,6 +110,20 @@ def test_cached_tokens_count_as_such_and_as_share_of_the_cache() -> None:
     first = _named(data, 800)[0]
     assert first["log_hit"] == pytest.approx(np.log(1.5), abs=1e-6)
     assert first["index_share"] == pytest.approx(0.5)
+
+
+def test_what_was_sent_before_the_last_first_token_is_in_the_running_step() -> None:
+    data = _engines(3)
+    data[:, [E_HIT_TOKENS, E_DECODE_STEP_S, E_MAX_BATCHED_TOKENS]] = 0.0, 0.01, 2000.0
+    data[:, E_PREFILL_TOKENS_PER_S] = 50_000.0  # 20 us a token, 5 of them the step's own
+    data[0, [E_UNCACHED_TOKENS, E_FRESH_TOKENS, E_FIRST_TOKEN_S]] = 3000.0, 1000.0, 99.98
+    data[1, [E_UNCACHED_TOKENS, E_FRESH_TOKENS, E_FIRST_TOKEN_S]] = 3000.0, 1000.0, 50.0
+    data[2, [E_UNCACHED_TOKENS, E_FRESH_TOKENS]] = 0.0, 0.0
+    engines, _ = dispatch_features(RequestView(0, 100.0, 100.0, 800), EngineViews(data))
+    rows = [dict(zip(ENGINE_FEATURE_NAMES, row, strict=True)) for row in engines.tolist()]
+    expected = np.array([(0.01 + 0.03 - 0.02) + 0.01 + 0.027, 0.01 + 0.027, 0.01 + 0.012])
+    np.testing.assert_allclose([row["log_expected_ttft"] for row in rows], np.log(10 * expected), atol=1e-5)
+    assert rows[0]["log_uncached_work"] == pytest.approx(np.log(3.8), abs=1e-6)
 
 
 def test_pressure_of_experts_is_zero_where_unknown_and_bounded() -> None:

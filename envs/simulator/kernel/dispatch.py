@@ -12,6 +12,8 @@ from servegym.baselines.interface import (
     E_AVAILABLE,
     E_DISPATCHED,
     E_DISPATCHED_SINCE,
+    E_FIRST_TOKEN_S,
+    E_FRESH_TOKENS,
     E_HIT_TOKENS,
     E_INDEX_TOKENS,
     E_INFLIGHT,
@@ -27,6 +29,7 @@ from servegym.baselines.interface import (
     E_TRUE_OUTPUT_TOKENS,
     E_TRUE_PREFILL_TOKENS,
     E_TTFT_EWMA_S,
+    E_UNCACHED_TOKENS,
     E_USER_HOME,
     E_WAITING,
     ENGINE_COLUMNS,
@@ -136,6 +139,9 @@ def _show(s: State, view: Any, e: int, slot: int) -> None:
     view[e, E_INFLIGHT_PROMPT_TOKENS] = engine.inflight_prompt
     view[e, E_PREFILL_REQUESTS] = engine.prefill_requests
     view[e, E_PREFILL_TOKENS] = engine.prefill_tokens
+    view[e, E_UNCACHED_TOKENS] = engine.uncached_tokens
+    view[e, E_FRESH_TOKENS] = engine.fresh_tokens
+    view[e, E_FIRST_TOKEN_S] = engine.first_token_s
     view[e, E_TTFT_EWMA_S] = engine.ttft_ewma_s
     view[e, E_ITL_EWMA_S] = engine.itl_ewma_s
     view[e, E_DISPATCHED] = engine.dispatched
@@ -275,6 +281,11 @@ def hand_over(s: State, r: int, e: int, now: float) -> None:
     if request.generated == 0:
         engine.prefill_requests += 1
         engine.prefill_tokens += request.prompt
+        request.uncached = request.prompt
+        if s.hits_shown:
+            request.uncached -= int(_view(s)[e, E_HIT_TOKENS])
+        engine.uncached_tokens += request.uncached
+        engine.fresh_tokens += request.uncached
     elif request.output > 1:
         engine.tpot_rate += 1.0 / (request.output - 1)  # re-dispatched in the middle of its output
     engine.dispatched += 1

@@ -105,6 +105,7 @@ def kill(cluster: Any, e: int, now: float) -> None:
     for task in range(engine.tasks):
         longs(engine.task_decoding_at)[task] = 0
     engine.inflight = engine.inflight_prompt = engine.prefill_requests = engine.prefill_tokens = 0
+    engine.uncached_tokens = engine.fresh_tokens = 0
     engine.inflight_output = engine.waiting_tokens = engine.waiting_generated = 0
     engine.tpot_rate = 0.0
     engine.activity = IDLE

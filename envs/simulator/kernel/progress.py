@@ -126,6 +126,9 @@ def first_token(s: State, engine: Engine, r: int, now: float) -> None:
     log_event(s, 2 * r)
     engine.prefill_requests -= 1
     engine.prefill_tokens -= request.prompt
+    engine.uncached_tokens -= request.uncached
+    engine.fresh_tokens = 0
+    engine.first_token_s = now
     if request.output > 1:
         engine.tpot_rate += 1.0 / (request.output - 1)
     ttft = now - request.arrival_s

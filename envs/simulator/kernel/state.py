@@ -61,6 +61,7 @@ REQUEST = np.dtype(
         ("engine", "i4"),
         ("preemptions", "i4"),
         ("hit_tokens", "i4"),  # prompt tokens found in the prefix cache at first admission
+        ("uncached", "i4"),  # prompt tokens that the router believed not cached where it sent the request
         ("served", "i4"),  # generated tokens charged to the user, NONE before the prompt is
         ("retries", "i4"),  # dispatches beyond the first, after the death of an engine
         # Progress.
@@ -101,6 +102,9 @@ ENGINE = np.dtype(
         ("inflight_prompt", "i8"),
         ("prefill_requests", "i8"),
         ("prefill_tokens", "i8"),
+        ("uncached_tokens", "i8"),
+        ("fresh_tokens", "i8"),
+        ("first_token_s", "f8"),
         ("dispatched", "i8"),
         ("inflight_output", "i8"),  # true output tokens of the requests in flight
         ("waiting_tokens", "i8"),  # tokens that waiting requests must have computed
