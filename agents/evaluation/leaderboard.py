@@ -59,29 +59,24 @@ def leaderboard(result: Evaluation) -> list[dict[str, Any]]:
     rows = []
     for label in kinds:
         rivals = [other for other in kinds if kinds[other] == "heuristic" and other != label] or [config.baseline]
+        mine = {metric: logs[metric][label] for metric in _METRICS}
         theirs = {metric: np.array([logs[metric][other] for other in rivals]) for metric in _METRICS}
         hindsight = _of(theirs, np.argmin([means[other] for other in rivals], axis=0)[:, None])
         chosen = _of(theirs, _chosen_by_others(theirs["ttft_s"])) if len(config.seed_list) > 1 else None
-        to_best = (logs["ttft_s"][label] - hindsight["ttft_s"]).mean(axis=1)
+        to_best = (mine["ttft_s"] - hindsight["ttft_s"]).mean(axis=1)
         gaps = np.expm1(to_best)
-        to_baseline = (logs["ttft_s"][label] - logs["ttft_s"][config.baseline]).mean(axis=1)
+        to_baseline = (mine["ttft_s"] - logs["ttft_s"][config.baseline]).mean(axis=1)
         rows.append(
             {
                 "policy": label,
                 "kind": kinds[label],
-                "versus_baseline": {
-                    metric: _plain(logs[metric][label] - logs[metric][config.baseline]) for metric in _METRICS
-                },
-                "versus_best_heuristic": {
-                    metric: _plain(logs[metric][label] - hindsight[metric]) for metric in _METRICS
-                },
+                "versus_baseline": _versus(mine, {metric: logs[metric][config.baseline] for metric in _METRICS}),
+                "versus_best_heuristic": _versus(mine, hindsight),
                 "worst_cell": float(gaps.max()),
-                "versus_chosen_heuristic": None
-                if chosen is None
-                else {metric: _plain(logs[metric][label] - chosen[metric]) for metric in _METRICS},
+                "versus_chosen_heuristic": None if chosen is None else _versus(mine, chosen),
                 "worst_cell_chosen": None
                 if chosen is None
-                else float(np.expm1((logs["ttft_s"][label] - chosen["ttft_s"]).mean(axis=1)).max()),
+                else float(np.expm1((mine["ttft_s"] - chosen["ttft_s"]).mean(axis=1)).max()),
                 "cells_won": float((gaps < 0).mean()),
                 "scenarios": _by(scenario, to_baseline),
                 "sizes": _by(size, to_baseline),
@@ -89,6 +84,10 @@ def leaderboard(result: Evaluation) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: row["versus_baseline"]["ttft_s"]["value"])
+
+
+def _versus(mine: dict[str, Logs], theirs: dict[str, Logs]) -> dict[str, dict[str, float | None]]:
+    return {metric: _plain(mine[metric] - theirs[metric]) for metric in _METRICS}
 
 
 def _of(theirs: dict[str, Logs], rival: npt.NDArray[np.intp]) -> dict[str, Logs]:

@@ -13,6 +13,7 @@ from servegym.engine_bridge.cluster.config import ClusterFile
 from servegym.engine_bridge.cluster.launcher import running_cluster
 from servegym.envs.profiles.profile import load_profile
 
+# With two sequences the frontend and a prefill's first tokens would be one column of the fit.
 LIMITS = ["num_blocks=129", "block_size=16", "max_num_seqs=4", "max_num_batched_tokens=512", "max_model_len=640"]
 
 
