@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from servegym.agents.evaluation.report import Evaluation
 
 _METRICS = ("ttft_s", "ttft_p99_s", "tpot_s", "e2e_s", "throughput_rps")
+_MARGIN = 0.02  # what is lost by less matters to nobody
 Logs = npt.NDArray[np.float64]
 Key = TypeVar("Key")
 
@@ -47,8 +48,10 @@ def leaderboard(result: Evaluation) -> list[dict[str, Any]]:
     of the relative difference, None where unknown; ``worst_cell``: the largest mean relative difference of TTFT to the
     best heuristic of a cell; ``versus_chosen_heuristic`` and ``worst_cell_chosen``: the same against the heuristic that
     the other seeds choose, None with a single seed; ``cells_won``: share of cells with a lower mean TTFT than any
-    heuristic of its own; ``scenarios`` and ``sizes``: mean relative difference of TTFT to the baseline by scenario and
-    by number of engines, ``sizes_versus_best_heuristic`` that to the best heuristic of each cell.
+    heuristic of its own; ``cells_lost``: share of cells behind the best heuristic by more than 2 %, beyond doubt: the
+    95 % interval over the seeds lies above that (0 with a single seed); ``scenarios`` and ``sizes``: mean relative
+    difference of TTFT to the baseline by scenario and by number of engines, ``sizes_versus_best_heuristic`` that to the
+    best heuristic of each cell.
     """
     config = result.config
     kinds = {label: kind(policies) for label, policies in config.policies.items()}
@@ -78,6 +81,7 @@ def leaderboard(result: Evaluation) -> list[dict[str, Any]]:
                 if chosen is None
                 else float(np.expm1((mine["ttft_s"] - chosen["ttft_s"]).mean(axis=1)).max()),
                 "cells_won": float((gaps < 0).mean()),
+                "cells_lost": _lost(mine["ttft_s"] - hindsight["ttft_s"]),
                 "scenarios": _by(scenario, to_baseline),
                 "sizes": _by(size, to_baseline),
                 "sizes_versus_best_heuristic": _by(size, to_best),
@@ -101,6 +105,10 @@ def _chosen_by_others(ttft: Logs) -> npt.NDArray[np.intp]:
     return np.asarray(np.argmin(seconds.sum(axis=-1, keepdims=True) - seconds, axis=0))
 
 
+def _lost(to_best: Logs) -> float:
+    return float(np.mean([mean_interval(cell).low > np.log1p(_MARGIN) for cell in to_best]))
+
+
 def leaderboard_tables(result: Evaluation) -> list[Table]:
     """Return the leaderboard, TTFT by scenario, and TTFT by number of engines where those differ."""
     rows, config = leaderboard(result), result.config
@@ -109,7 +117,8 @@ def leaderboard_tables(result: Evaluation) -> list[Table]:
         f"{config.name}: {cells} cells, {len(config.seed_list)} seeds, config {config.digest()}",
         f"Difference to {config.baseline} on the same requests in %, geometric mean over cells, with half its 95 %"
         " interval over seeds; rival: the best other heuristic of each cell, by mean TTFT, in hindsight, or as"
-        " the other seeds choose it. * the interval excludes 0.",
+        " the other seeds choose it; lost: cells where it is behind that of hindsight by more than"
+        f" {100 * _MARGIN:.0f} %, beyond doubt. * the interval excludes 0.",
     )
     for heading in (
         "TTFT",
@@ -120,6 +129,7 @@ def leaderboard_tables(result: Evaluation) -> list[Table]:
         "as others\nchoose",
         "worst\ncell",
         "cells\nwon",
+        "lost",
     ):
         first.add_column(heading, justify="right", no_wrap=True)
     tables = [first]
@@ -151,6 +161,7 @@ def leaderboard_tables(result: Evaluation) -> list[Table]:
             "-" if chosen is None else _entry(chosen["ttft_s"]),
             f"{100 * row['worst_cell']:+.1f}",
             f"{100 * row['cells_won']:.0f} %",
+            f"{100 * row['cells_lost']:.0f} %",
         )
     return tables
 

@@ -55,7 +55,8 @@ class Grid:
 def board_grid(board: Sequence[Mapping[str, Any]]) -> Grid:
     """Return the leaderboard; the best of a column is marked where it is clearly better than the baseline."""
     headings = [*((NAMES[metric], "%") for metric in _BOARD)]
-    headings += [("TTFT to best heuristic", "%"), ("worst cell", "%"), ("cells won", "%")]
+    headings += [("TTFT to best heuristic", "%"), ("chosen by other seeds", "%"), ("worst cell", "%")]
+    headings += [("cells won", "%"), ("cells clearly lost", "%")]
     candidates = [row for row in board if row["kind"] != "oracle"]
     best = {
         metric: _best([row["versus_baseline"][metric]["value"] for row in candidates], METRICS[metric][4])
@@ -69,8 +70,10 @@ def board_grid(board: Sequence[Mapping[str, Any]]) -> Grid:
             for metric, gap in zip(_BOARD, gaps, strict=True)
         ]
         entries.append(_difference(row["versus_best_heuristic"]["ttft_s"]))
+        chosen = row["versus_chosen_heuristic"]
+        entries.append(Entry("-") if chosen is None else _difference(chosen["ttft_s"]))
         entries.append(Entry(signed(row["worst_cell"]), value=row["worst_cell"]))
-        entries.append(Entry(f"{100 * row['cells_won']:.0f}", value=row["cells_won"]))
+        entries += [Entry(f"{100 * row[share]:.0f}", value=row[share]) for share in ("cells_won", "cells_lost")]
         lines.append(Line(row["policy"], row["kind"], tuple(entries)))
     return Grid(tuple(headings), tuple(lines))
 

@@ -117,6 +117,7 @@ def test_the_leaderboard_compares_with_the_best_other_heuristic_of_each_cell() -
     assert mine["versus_baseline"]["ttft_s"]["value"] == pytest.approx((36 / 256) ** 0.25 - 1)
     assert mine["worst_cell"] == pytest.approx(0.5)
     assert mine["cells_won"] == pytest.approx(0.5)
+    assert mine["cells_lost"] == pytest.approx(0.25)  # the third beyond doubt; of the fourth, the interval holds 0
     assert mine["scenarios"]["plain"] == pytest.approx(math.sqrt(0.25 * 0.75) - 1)
     assert mine["sizes"] == {2: pytest.approx(math.sqrt(0.25 * 1.5) - 1), 4: pytest.approx(math.sqrt(0.75 * 0.5) - 1)}
     assert mine["sizes_versus_best_heuristic"][4] == pytest.approx(math.sqrt(0.75 * 1.0) - 1)

@@ -154,7 +154,8 @@ def test_numbers_are_those_of_the_json(made: Made) -> None:
     metrics = ("ttft_s", "ttft_p99_s", "tpot_s", "e2e_s", "throughput_rps")
     for row, shown in zip(content["leaderboard"], board, strict=True):
         expected = [row["versus_baseline"][metric]["value"] for metric in metrics]
-        expected += [row["versus_best_heuristic"]["ttft_s"]["value"], row["worst_cell"], row["cells_won"]]
+        expected += [row[f"versus_{rival}_heuristic"]["ttft_s"]["value"] for rival in ("best", "chosen")]
+        expected += [row[name] for name in ("worst_cell", "cells_won", "cells_lost")]
         assert shown == [row["policy"], *map(str, expected)]
     found = {}
     for (_, level), table in zip(made.result.conditions, conditions, strict=True):
