@@ -57,12 +57,17 @@ class _EmbedAndPool(torch.autograd.Function):
         pooled = candidates.new_empty((len(candidates), 2, candidates.shape[-1]))
         _embed_and_pool(*_arrays(candidates, context, mask, hidden, pooled))
         ctx.save_for_backward(mask, hidden, pooled)
+        ctx.set_materialize_grads(False)
         return hidden, pooled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_hidden: Tensor, d_pooled: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, d_hidden: Tensor | None, d_pooled: Tensor | None) -> tuple[Tensor, Tensor, None]:
         mask, hidden, pooled = ctx.saved_tensors
+        if d_hidden is None:  # the critic uses the pooled vector alone
+            d_hidden = hidden.new_empty((0, 0, 0))
+        if d_pooled is None:
+            d_pooled = torch.zeros_like(pooled)
         d_candidates, d_context = _like(hidden), hidden.new_empty((len(hidden), hidden.shape[-1]))
         _embed_and_pool_gradient(*_arrays(mask, hidden, pooled, d_hidden, d_pooled, d_candidates, d_context))
         return d_candidates, d_context, None
@@ -128,6 +133,7 @@ def _embed_and_pool_gradient(
 ) -> None:
     batch, count, width = hidden.shape
     of_largest = np.empty(width, dtype=np.float32)
+    hidden_used = d_hidden.size > 0
     for b in range(batch):
         d_context[b, :] = np.float32(0.0)
         of_largest[:] = np.float32(0.0)
@@ -141,7 +147,8 @@ def _embed_and_pool_gradient(
             of_largest[j] = d_pooled[b, 1, j] / of_largest[j]  # equal candidates share it
         for i in range(count):
             for j in range(width):
-                slope = d_hidden[b, i, j] + d_pooled[b, 0, j] * share
+                slope = d_pooled[b, 0, j] * share
+                slope += d_hidden[b, i, j] if hidden_used else np.float32(0.0)
                 slope += of_largest[j] if hidden[b, i, j] == pooled[b, 1, j] else np.float32(0.0)
                 slope = slope if hidden[b, i, j] > 0.0 else np.float32(0.0)
                 d_candidates[b, i, j] = slope

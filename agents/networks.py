@@ -31,6 +31,7 @@ from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from servegym.agents.network_kernels import embed_and_pool, score
 from servegym.agents.priors import PRIORS, Prior
@@ -49,7 +50,9 @@ class Encoder(nn.Module):
 
     def forward(self, items: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the embeddings, shape (batch, candidates, width), and the pooled vector, shape (batch, 2 width)."""
-        hidden, pooled = embed_and_pool(self.item(items), self.context(context), mask)
+        # The bias goes to the context, which has fewer rows than there are candidates.
+        embedded = linear(items, self.item.weight)
+        hidden, pooled = embed_and_pool(embedded, linear(context, self.context.weight, self.item.bias), mask)
         return hidden, pooled.flatten(1)
 
 
@@ -74,10 +77,10 @@ class Actor(nn.Module):
             mask: 1.0 where a candidate may be chosen, else 0.0, shape (batch, candidates).
         """
         hidden, pooled = self.encoder(items, context, mask)
-        shared = pooled.new_zeros((len(pooled), self.hidden.out_features))
-        if self.pooled is not None:
-            shared = self.pooled(pooled)
-        logits = score(self.hidden(hidden), shared, self.head.weight[0]) + self.prior(items).squeeze(-1)
+        bias = self.hidden.bias
+        shared = bias.expand(len(pooled), -1) if self.pooled is None else linear(pooled, self.pooled.weight, bias)
+        residual = score(linear(hidden, self.hidden.weight), shared, self.head.weight[0])
+        logits = residual + self.prior(items).squeeze(-1)
         return torch.where(mask > 0, logits, MASKED_LOGIT)
 
     def observed(self, observation: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
