@@ -7,16 +7,19 @@ request after the frontend's delay too, which is one more term.
 
 Steps of traffic enter as windows of some consecutive ones: what a request costs beside its own prefill (its arrival at
 the engine, its first tokens, its end) falls on the steps around it, so that only their sum has what a profile promises.
-A window counts as the steps in it. So traffic decides how long steps take in service, some percent longer than alone
-where caches are shared, and the points of the design decide how that divides into terms.
+They say how long steps take in service, some percent longer than alone where caches are shared; the points of the
+design say how that divides into terms.
 
-Intervals are percentiles of a bootstrap over cells (one point in one round), as the steps of a cell share what
-disturbed them.
+What disturbs a step disturbs its neighbours: those of a cell (one point in one round) come within a second or so. So a
+cell of many steps counts little more than one of a single step, the weights of a random-effects model; else some
+hundred decode steps would drown the five prefills of a length. For the same reason intervals are percentiles of a
+bootstrap over cells.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +38,9 @@ _CORRELATED = 0.9
 STRAGGLER = 2.0
 """A step that takes this many times its usual duration was disturbed by something else."""
 _TRIMMED = 0.5
+# Share of the variance around the fit that the steps of a cell have in common. Anything from 0.1 to 1 gives nearly the
+# same terms.
+_SHARED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +167,11 @@ def fit_steps(samples: Sequence[Sample], seed: int = 0) -> Fit:
         raise ValueError(f"{len(samples)} measured steps for {len(names)} terms")
     present = [j for j in range(len(names)) if np.ptp(columns[:, j]) > 0 or names[j] == "fixed"]
     names, columns = [names[j] for j in present], columns[:, present]
-    rows, columns, steps = _windows(samples, columns)
+    rows, columns = _windows(samples, columns)
     us = np.array([row.us for row in rows])
     kept = _usual(columns, us)
     # Relative to what is fitted rather than to what was measured: else short steps would count more than long ones.
-    unit = columns @ fit_relative(columns[kept], us[kept], us[kept]) / np.sqrt(steps)
+    unit = columns @ fit_relative(columns[kept], us[kept], us[kept]) / _weights(rows)
     coefficients = fit_relative(columns[kept], us[kept], unit[kept])
     good = [row for row, usual in zip(rows, kept, strict=True) if usual]
     resampled = _bootstrap(good, columns[kept], us[kept], unit[kept], seed)
@@ -206,12 +212,8 @@ def _columns(samples: Sequence[Sample], knots: npt.NDArray[np.int64]) -> tuple[l
     return list(columns), np.stack(list(columns.values()), axis=1)
 
 
-def _windows(samples: Sequence[Sample], columns: FloatArray) -> tuple[list[Sample], FloatArray, FloatArray]:
-    """Add up the steps of each window.
-
-    Returns:
-        The rows of the fit, their columns, shape (rows, terms), and how many steps each is, shape (rows,).
-    """
+def _windows(samples: Sequence[Sample], columns: FloatArray) -> tuple[list[Sample], FloatArray]:
+    """Add up the steps of each window: the rows of the fit, and their columns, shape (rows, terms)."""
     numbers: dict[Any, int] = {}
     keys = [(s.point, s.round, s.window) if s.window is not None else i for i, s in enumerate(samples)]
     row = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
@@ -219,7 +221,14 @@ def _windows(samples: Sequence[Sample], columns: FloatArray) -> tuple[list[Sampl
     np.add.at(us, row, [sample.us for sample in samples])
     np.add.at(summed, row, columns)
     _, first = np.unique(row, return_index=True)
-    return [replace(samples[i], us=float(us[row[i]])) for i in first], summed, np.bincount(row).astype(np.float64)
+    return [replace(samples[i], us=float(us[row[i]])) for i in first], summed
+
+
+def _weights(rows: Sequence[Sample]) -> FloatArray:
+    """Return what the error of each row counts, shape (rows,): together, those of a cell count as if correlated."""
+    cells = [(row.point, row.round, row.kind) for row in rows]
+    sizes = Counter(cells)
+    return 1 / np.sqrt(1 + _SHARED * (np.array([sizes[cell] for cell in cells], dtype=np.float64) - 1))
 
 
 def _usual(columns: FloatArray, us: FloatArray) -> npt.NDArray[np.bool_]:

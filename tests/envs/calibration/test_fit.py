@@ -139,3 +139,29 @@ def test_it_says_what_was_not_measured(profile: Profile) -> None:
 def test_too_few_steps() -> None:
     with pytest.raises(ValueError, match="2 measured steps for"):
         fit_steps([Sample("a", 0, 1, 0, 0, 1, 32, 6000.0), Sample("b", 0, 2, 0, 0, 2, 64, 7000.0)])
+
+
+def test_a_disturbed_cell_of_many_steps_does_not_drown_the_others(
+    profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each cell has its own speed of the machine; those of decoding have twelve steps, those of a prefill one."""
+    monkeypatch.setattr("servegym.envs.calibration.fit._RESAMPLES", 2)
+    points, chunks = {point.name: point for point in design(profile.engine)}, (16, 64, 128, 256, 1024)
+    true = np.array([profile.compile().step_s([(0, chunk)], []) for chunk in chunks])
+
+    def error(shared: float) -> float:
+        monkeypatch.setattr("servegym.envs.calibration.fit._SHARED", shared)
+        found = []
+        for seed in range(8):
+            rng = np.random.default_rng(seed)
+            samples = [
+                replace(sample, us=sample.us * speed * np.exp(0.05 * rng.standard_normal()))
+                for sample in drawn(profile, 0.0, seed)
+                for speed in [float(np.exp(0.2 * rng.standard_normal()))]
+                for _ in range(1 if points[sample.point].chunk else 12)
+            ]
+            fitted = profile.model_copy(update={"step_time": fit_steps(samples, seed).step_time}).compile()
+            found.append(np.log([fitted.step_s([(0, chunk)], []) for chunk in chunks] / true))
+        return float(np.sqrt(np.mean(np.square(found))))
+
+    assert error(0.5) < 0.95 * error(0.0)
