@@ -15,11 +15,11 @@ from servegym.engine_bridge.decisions import ADMISSION, DISPATCH, Decisions
 from servegym.engine_bridge.manifest import Provenance
 
 
-def make_actor(seed: int = 0, width: int = 32, decisions: Decisions = DISPATCH) -> Actor:
+def make_actor(seed: int = 0, width: int = 32, decisions: Decisions = DISPATCH, linear: bool = False) -> Actor:
     torch.manual_seed(seed)
     actor = Actor(decisions, width)
     with torch.no_grad():
-        actor.head.weight.mul_(3.0)
+        actor.head.weight.mul_(0.0 if linear else 3.0)
     return actor
 
 

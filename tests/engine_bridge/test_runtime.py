@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -193,11 +194,11 @@ def test_a_network_of_some_features_sees_those_alone(layer: Decisions, save_acto
             np.testing.assert_allclose([function(one, row, params) for one in matrix], -expected, atol=1e-5)
 
 
-def test_a_feature_that_came_later_changes_nothing_of_an_older_bundle() -> None:
+def test_a_feature_that_came_later_changes_nothing_of_an_older_bundle(save_actor, tmp_path: Path) -> None:
     """Bit for bit: numpy multiplies the old columns alone, and the compiled form adds zeros behind them."""
-    policy = load_bundle("servegym/dispatch")
-    names = policy.manifest.item_features
-    assert len(names) == 28 < len(ENGINE_FEATURES)
+    older = DISPATCH.only(DISPATCH.item_names[:28], DISPATCH.context_names)
+    policy = load_bundle(save_actor(tmp_path / "older", width=1, decisions=older, linear=True))
+    assert len(policy.manifest.item_features) == 28 < len(ENGINE_FEATURES)
     weights = SetScorer(safetensors.numpy.load_file(policy.folder / "policy.safetensors"))
     function, params = compiled_form(policy)
     compiled = numba.njit(function)
