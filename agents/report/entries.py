@@ -56,7 +56,7 @@ def board_grid(board: Sequence[Mapping[str, Any]]) -> Grid:
     """Return the leaderboard; the best of a column is marked where it is clearly better than the baseline."""
     headings = [*((NAMES[metric], "%") for metric in _BOARD)]
     headings += [("TTFT to best heuristic", "%"), ("chosen by other seeds", "%"), ("worst cell", "%")]
-    headings += [("cells won", "%"), ("cells clearly lost", "%")]
+    headings += [("cells won", "%"), ("cells lost", "%")]
     candidates = [row for row in board if row["kind"] != "oracle"]
     best = {
         metric: _best([row["versus_baseline"][metric]["value"] for row in candidates], METRICS[metric][4])
