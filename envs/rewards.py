@@ -112,12 +112,12 @@ class RewardMeter:
         self.reference_sums: FloatArray | None = None
         self.of_kernel = not self.weights[KERNEL_PARTS:].any()
         self._waiting = None
-        self._reference = None
+        self._reference: npt.NDArray[Any] | None = None  # its records alone: its engines' memory serves other runs
         self._reference_at: _Totals | None = None
         if not self.of_kernel:
             self._waiting = _Waiting.of(config, run, reference)
         if reference is not None:
-            self._reference = reference.memory
+            self._reference = reference.memory.requests
             self.reference_sums = np.vstack([reference.memory.totals, reference.totals])
 
     @property
@@ -141,7 +141,7 @@ class RewardMeter:
         self.seen[:] = sums
         if self._reference is not None:
             assert self.reference_sums is not None
-            requests = self._reference.requests
+            requests = self._reference
             if until_s is not None:
                 if self._reference_at is None:
                     self._reference_at = _Totals(requests)
