@@ -92,7 +92,7 @@ def test_every_part_against_a_reference(workload: str) -> None:
     }
     _, parts, env = play("EngineDispatch", config)
     mine = env._run.memory.requests
-    other = env._meter._reference.requests
+    other = env._meter._reference
     engines = env._run.memory.engines
     tail_s = np.quantile(other["first_s"] - other["arrival_s"], 0.9)
     rates = engines["prefill_tokens_per_s"].max(), engines["decode_step_s"].min(), tail_s
