@@ -12,9 +12,23 @@ from servegym.agents.training.config import TrainConfig
 from servegym.agents.training.discount import MaskableTimedRolloutBuffer, TimedRolloutBuffer
 from servegym.agents.training.episodes import EpisodeVecEnv
 
+
+class _WithoutMonitor:
+    def _update_info_buffer(self, infos: Any, dones: Any = None) -> None:
+        """Look for no episodes of ``Monitor`` in the infos: they are in ``EpisodeVecEnv.finished``."""
+
+
+class _MaskablePPO(_WithoutMonitor, MaskablePPO):
+    pass
+
+
+class _PPO(_WithoutMonitor, PPO):
+    pass
+
+
 _ALGORITHMS: dict[str, tuple[type[Any], type[Any], type[Any]]] = {
-    "MaskablePPO": (MaskablePPO, MaskableSetPolicy, MaskableTimedRolloutBuffer),
-    "PPO": (PPO, SetPolicy, TimedRolloutBuffer),
+    "MaskablePPO": (_MaskablePPO, MaskableSetPolicy, MaskableTimedRolloutBuffer),
+    "PPO": (_PPO, SetPolicy, TimedRolloutBuffer),
 }
 
 

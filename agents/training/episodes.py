@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -28,13 +28,64 @@ class FinishedEpisode:
     reference_metrics: Mapping[str, Any]
 
 
-@dataclass(slots=True)
-class _Running:
-    """An episode in progress: which one it is, and all actions so far."""
+class _Courses:
+    """Which episode each environment plays, and how it has gone so far.
 
-    index: int
-    actions: list[int] = field(default_factory=list)
-    reward: float = 0.0
+    All environments take their steps together, so that a step is one row of actions; an episode is a part of a column.
+
+    Args:
+        count: environments.
+
+    Attributes:
+        index: of the episode, shape (count,).
+        reward: of the episode so far, shape (count,).
+    """
+
+    def __init__(self, count: int) -> None:
+        self.index = np.zeros(count, dtype=np.int64)
+        self.reward = np.zeros(count)
+        self._begin = np.zeros(count, dtype=np.int64)
+        self._actions = np.empty((256, count), dtype=np.int64)
+        self._now = 0
+
+    def start(self, i: int, index: int) -> None:
+        """Begin an episode of environment ``i``."""
+        self.index[i], self._begin[i], self.reward[i] = index, self._now, 0.0
+
+    def add(self, actions: npt.NDArray[np.int64], rewards: npt.NDArray[Any]) -> None:
+        """Take down a step of all environments, arrays of shape (count,)."""
+        if self._now == len(self._actions):
+            self._make_room()
+        self._actions[self._now] = actions
+        self._now += 1
+        self.reward += rewards
+
+    def length(self, i: int) -> int:
+        """Return the steps of an episode so far."""
+        return self._now - int(self._begin[i])
+
+    def actions(self, i: int) -> list[int]:
+        """Return the actions of an episode so far."""
+        taken: list[int] = self._actions[self._begin[i] : self._now, i].tolist()
+        return taken
+
+    def restore(self, i: int, index: int, actions: Sequence[int], reward: float) -> None:
+        """Continue an episode after such actions."""
+        missing = len(actions) - self._now
+        if missing > 0:  # episodes of equal ends: what comes before the others is never looked at
+            self._actions = np.vstack([np.zeros((missing, len(self.index)), dtype=np.int64), self._actions])
+            self._begin += missing
+            self._now += missing
+        self.index[i], self._begin[i], self.reward[i] = index, self._now - len(actions), reward
+        self._actions[self._begin[i] : self._now, i] = actions
+
+    def _make_room(self) -> None:
+        first = int(self._begin.min())
+        kept = self._actions[first:]
+        size = len(self._actions) * (2 if 2 * len(kept) > len(self._actions) else 1)
+        self._actions = np.vstack([kept, np.empty((size - len(kept), kept.shape[1]), dtype=np.int64)])
+        self._begin -= first
+        self._now -= first
 
 
 class EpisodeVecEnv(DummyVecEnv):
@@ -61,7 +112,7 @@ class EpisodeVecEnv(DummyVecEnv):
         self.elapsed_s = np.zeros(count)
         self.finished: list[FinishedEpisode] = []
         self._run_seed, self._group = seed, group
-        self._running = [_Running(0) for _ in range(count)]
+        self._courses = _Courses(count)
 
         # Environments of dispatch over the simulator are stepped together; the others one by one.
         self._lanes = DispatchLanes(self.envs) if DispatchLanes.suit(self.envs) else None
@@ -78,20 +129,23 @@ class EpisodeVecEnv(DummyVecEnv):
         """Take one step everywhere; an environment whose episode ends starts its next one."""
         if self._lanes is not None:
             return self._step_lanes(self._lanes)
-        outcomes: list[dict[str, Any]] = []
+        outcomes: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        rewards, finished = np.zeros(self.num_envs), []
         for i, action in enumerate(self.actions.tolist()):
-            observation, reward, terminated, truncated, info = self._step(i, action)
-            outcome: dict[str, Any] = {}
-            self.buf_rews[i] = reward
+            observation, rewards[i], terminated, truncated, info = self.envs[i].step(action)
+            self.elapsed_s[i] = info["elapsed_s"]
             self.buf_dones[i] = terminated or truncated
             if terminated or truncated:
                 # Copied, as an environment may reuse its arrays at the next reset.
-                outcome["terminal_observation"] = {key: value.copy() for key, value in observation.items()}
-                outcome["TimeLimit.truncated"] = truncated and not terminated
-                self._finish(self._running[i], info)
-                observation = self._start(i, self._running[i].index + 1)
-            self._save_obs(i, observation)
-            outcomes.append(outcome)
+                outcomes[i]["terminal_observation"] = {key: value.copy() for key, value in observation.items()}
+                outcomes[i]["TimeLimit.truncated"] = truncated and not terminated
+                finished.append((i, info))
+            else:
+                self._save_obs(i, observation)
+        self.buf_rews[:] = rewards
+        self._courses.add(self.actions, rewards)
+        for i, info in finished:
+            self._save_obs(i, self._next(i, info))
         return self._observation(), self.buf_rews.copy(), self.buf_dones.copy(), outcomes
 
     def _step_lanes(
@@ -100,15 +154,11 @@ class EpisodeVecEnv(DummyVecEnv):
         outcomes: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         finished = lanes.step(self.actions)
         self.elapsed_s[:], self.buf_rews[:], self.buf_dones[:] = lanes.elapsed_s, lanes.rewards, False
-        for i, (action, reward) in enumerate(zip(self.actions.tolist(), lanes.rewards.tolist(), strict=True)):
-            episode = self._running[i]
-            episode.actions.append(action)
-            episode.reward += reward
+        self._courses.add(self.actions, lanes.rewards)
         for i, observation, info in finished:
             self.buf_dones[i] = True
             outcomes[i] = {"terminal_observation": observation, "TimeLimit.truncated": False}
-            self._finish(self._running[i], info)
-            self._start(i, self._running[i].index + 1)
+            self._next(i, info)
         return self._observation(), self.buf_rews.copy(), self.buf_dones.copy(), outcomes
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
@@ -124,7 +174,7 @@ class EpisodeVecEnv(DummyVecEnv):
 
     def positions(self) -> list[tuple[int, list[int]]]:
         """Return, per environment, the index of its episode and the actions taken in it."""
-        return [(episode.index, list(episode.actions)) for episode in self._running]
+        return [(int(index), self._courses.actions(i)) for i, index in enumerate(self._courses.index)]
 
     def restore(self, positions: Sequence[tuple[int, Sequence[int]]]) -> Observation:
         """Play the environments to positions that :meth:`positions` returned.
@@ -133,10 +183,11 @@ class EpisodeVecEnv(DummyVecEnv):
             InputError: an episode takes another course; the environment is not the one that the positions are from.
         """
         for i, (index, actions) in enumerate(positions):
-            observation = self._start(i, index)
+            observation, gained = self._start(i, index), 0.0
             for action in actions:
                 try:
-                    observation, _, terminated, truncated, _ = self._step(i, action)
+                    observation, reward, terminated, truncated, info = self.envs[i].step(action)
+                    gained, self.elapsed_s[i] = gained + float(reward), info["elapsed_s"]
                     over = terminated or truncated
                 except ValueError:  # the action is not allowed
                     over = True
@@ -145,6 +196,7 @@ class EpisodeVecEnv(DummyVecEnv):
                     raise InputError(
                         "checkpoint", place, "does not replay; was it made by another version of servegym?"
                     )
+            self._courses.restore(i, index, actions, gained)
             if self._lanes is not None:
                 self._lanes.moved(i, observation)
             else:
@@ -152,7 +204,7 @@ class EpisodeVecEnv(DummyVecEnv):
         return self._observation()
 
     def _start(self, i: int, index: int) -> Observation:
-        self._running[i] = _Running(index)
+        self._courses.start(i, index)
         source = np.random.SeedSequence(self._run_seed, spawn_key=(i // self._group, index))
         seed = int(source.generate_state(1)[0])
         observation: Observation
@@ -162,17 +214,12 @@ class EpisodeVecEnv(DummyVecEnv):
         observation, self.reset_infos[i] = self.envs[i].reset(seed=seed)
         return observation
 
-    def _step(self, i: int, action: int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self.envs[i].step(action)
-        episode = self._running[i]
-        episode.actions.append(action)
-        episode.reward += float(reward)
-        self.elapsed_s[i] = info["elapsed_s"]
-        return observation, float(reward), terminated, truncated, info
-
-    def _finish(self, episode: _Running, info: Mapping[str, Any]) -> None:
+    def _next(self, i: int, info: Mapping[str, Any]) -> Observation:
+        """Keep what an episode came to, and start the environment's next one."""
         metrics, reference = info.get("metrics", {}), info.get("reference_metrics", {})
-        self.finished.append(FinishedEpisode(episode.reward, len(episode.actions), metrics, reference))
+        courses = self._courses
+        self.finished.append(FinishedEpisode(float(courses.reward[i]), courses.length(i), metrics, reference))
+        return self._start(i, int(courses.index[i]) + 1)
 
     def _observation(self) -> Observation:
         return {key: values.copy() for key, values in self.buf_obs.items()}
