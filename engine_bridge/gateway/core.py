@@ -336,9 +336,11 @@ class Gateway:
 
     def _first(self, flight: _Flight, ttft_s: float) -> None:
         flight.first_token = True
-        at = flight.record.arrival_s + ttft_s
+        now = self.now()
+        # The data plane counts from when it has the request, which may reach us much later: not into the future.
+        at = min(flight.record.arrival_s + ttft_s, now)
         self.table.first_token(flight.index, at)
-        self.recent.first_token(self.now(), flight.arm.name, flight.engine, ttft_s)
+        self.recent.first_token(now, flight.arm.name, flight.engine, ttft_s)
         for arm in (self.arms.policy, self.arms.baseline):
             arm.policy.tell("on_first_token", flight.index, flight.engine, at)
 

@@ -130,7 +130,7 @@ class EngineTable:
             blocks: hashes of its prompt's blocks, for the prefix index.
         """
         data = self._data.copy()
-        data[:, E_TELEMETRY_AGE_S] = request.now_s - self._sampled_s
+        data[:, E_TELEMETRY_AGE_S] = np.maximum(request.now_s - self._sampled_s, 0.0)  # read since the request came
         data[:, E_DISPATCHED_SINCE] = data[:, E_DISPATCHED] - self._dispatched_at_sample
         data[:, E_INDEX_TOKENS] = self.prefixes.tokens()
         if blocks:

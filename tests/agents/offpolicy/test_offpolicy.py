@@ -230,6 +230,9 @@ def test_from_live_traffic(fake_cluster: Callable[..., ClusterFile], tmp_path: P
         assert not result.errors
     transitions = read_transitions([tmp_path / "gateway" / "decisions.jsonl"], {"ttft_s": 1.0})
     assert len(transitions) == 900
+    assert np.isfinite(transitions.items).all()
+    assert np.isfinite(transitions.context).all()
+    assert np.isfinite(transitions.cost).all()
     assert set(np.round(transitions.propensity, 6)) == {0.15, 0.85}
     learned = finetune(base, [tmp_path / "gateway" / "decisions.jsonl"], tmp_path / "out")
     assert learned.proven

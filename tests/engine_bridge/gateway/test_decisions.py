@@ -6,6 +6,8 @@ import asyncio
 import json
 import math
 import re
+import time
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from hypothesis import strategies as st
 
 from servegym.baselines.interface import (
     E_INFLIGHT,
+    E_ITL_EWMA_S,
     E_PREFILL_TOKENS,
+    E_TTFT_EWMA_S,
     Q_ARRIVAL_S,
     Q_DEADLINE_S,
     Q_OUTPUT_TOKENS,
@@ -194,6 +198,16 @@ def test_the_engine_that_served_is_credited() -> None:
     one.finished(Outcome("unknown", "b:1", 200, True))
     assert not one.table.data[:, E_INFLIGHT].any()
     assert one.in_flight == 0
+
+
+def test_a_request_that_reached_the_picker_late_has_no_first_token_in_the_future() -> None:
+    """The data plane counts from before; the mean ITL would be negative, and features of it NaN."""
+    one = gateway()
+    decide(one, replace(incoming({"prompt": [1] * 50}), received_s=time.monotonic()))
+    one.progressed(Progress("r", "a:1", 5.0))
+    one.finished(Outcome("r", "a:1", 200, True, ttft_s=5.0, total_s=5.1, output_tokens=10))
+    assert 0 <= one.table.data[0, E_TTFT_EWMA_S] < 5
+    assert one.table.data[0, E_ITL_EWMA_S] >= 0
 
 
 def test_what_the_data_plane_sent_on_by_itself_is_counted() -> None:
