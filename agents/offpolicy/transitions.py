@@ -45,7 +45,7 @@ class Transitions:
     def __len__(self) -> int:
         return len(self.action)
 
-    def part(self, chosen: slice) -> Transitions:
+    def part(self, chosen: slice | npt.NDArray[np.bool_]) -> Transitions:
         """Return some of the decisions."""
         names = ("items", "context", "mask", "action", "propensity", "cost")
         return replace(self, **{name: getattr(self, name)[chosen] for name in names})
@@ -87,6 +87,10 @@ def read_transitions(paths: Sequence[Path], objective: Mapping[str, float]) -> T
     for index, (_, (row, matrix), _) in enumerate(found):
         DISPATCH.fill(row, matrix, items[index, : len(matrix)], context[index])
         mask[index, : len(matrix)] = DISPATCH.eligible(matrix)
+    usable: npt.NDArray[np.bool_] = np.isfinite(items).all(axis=(1, 2))
+    usable &= np.isfinite(context).all(axis=1)
+    if not usable.all():
+        dropped["with features that are not finite"] += int((~usable).sum())
     return Transitions(
         items,
         context,
@@ -95,7 +99,7 @@ def read_transitions(paths: Sequence[Path], objective: Mapping[str, float]) -> T
         propensity=np.array([record["propensity"] for record, _, _ in found], dtype=np.float64),
         cost=np.array([cost for _, _, cost in found]),
         dropped=dropped,
-    )
+    ).part(usable)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -20,7 +20,7 @@ from servegym.agents.offpolicy.estimate import CostModel, cost_ratio, doubly_rob
 from servegym.agents.offpolicy.finetune import FinetuneConfig, finetune
 from servegym.agents.offpolicy.transitions import Transitions, read_transitions
 from servegym.agents.training.export import actor_weights, torch_logits
-from servegym.baselines.interface import pick
+from servegym.baselines.interface import E_ITL_EWMA_S, pick
 from servegym.configuration import validate
 from servegym.engine_bridge.bundle import load_bundle
 from servegym.engine_bridge.bundle_policy import EngineBundlePolicy
@@ -198,6 +198,17 @@ def test_logs_that_teach_nothing(text: str, message: str, tmp_path: Path) -> Non
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_decision_whose_features_are_no_numbers_is_left_out(tmp_path: Path) -> None:
+    row, matrix = draw_dispatch(np.random.default_rng(0))
+    matrix = np.repeat(matrix[:1], 2, axis=0)
+    matrix[1, E_ITL_EWMA_S] = -1.0  # its logarithm is none
+    broken = lines(observation={"request": row.tolist(), "engines": matrix.tolist()})
+    (tmp_path / "log.jsonl").write_text(lines() + broken + lines())
+    found = read_transitions([tmp_path / "log.jsonl"], {"ttft_s": 1.0})
+    assert len(found) == 2
+    assert found.dropped == {"with features that are not finite": 1}
 
 
 def test_only_dispatch_bundles_learn_from_these_logs(tmp_path: Path) -> None:
