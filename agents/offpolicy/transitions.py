@@ -84,11 +84,11 @@ def read_transitions(paths: Sequence[Path], objective: Mapping[str, float]) -> T
     items = np.zeros((len(found), engines, len(DISPATCH.items)), dtype=np.float32)
     context = np.zeros((len(found), len(DISPATCH.context)), dtype=np.float32)
     mask = np.zeros((len(found), engines), dtype=np.bool_)
+    usable = np.zeros(len(found), dtype=np.bool_)
     for index, (_, (row, matrix), _) in enumerate(found):
         DISPATCH.fill(row, matrix, items[index, : len(matrix)], context[index])
         mask[index, : len(matrix)] = DISPATCH.eligible(matrix)
-    usable: npt.NDArray[np.bool_] = np.isfinite(items).all(axis=(1, 2))
-    usable &= np.isfinite(context).all(axis=1)
+        usable[index] = np.isfinite(items[index]).all() and np.isfinite(context[index]).all()
     if not usable.all():
         dropped["with features that are not finite"] += int((~usable).sum())
     return Transitions(
