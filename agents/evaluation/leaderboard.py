@@ -66,7 +66,8 @@ def leaderboard(result: Evaluation) -> list[dict[str, Any]]:
         theirs = {metric: np.array([logs[metric][other] for other in rivals]) for metric in _METRICS}
         hindsight = _of(theirs, np.argmin([means[other] for other in rivals], axis=0)[:, None])
         chosen = _of(theirs, _chosen_by_others(theirs["ttft_s"])) if len(config.seed_list) > 1 else None
-        to_best = (mine["ttft_s"] - hindsight["ttft_s"]).mean(axis=1)
+        behind = mine["ttft_s"] - hindsight["ttft_s"]
+        to_best = behind.mean(axis=1)
         gaps = np.expm1(to_best)
         to_baseline = (mine["ttft_s"] - logs["ttft_s"][config.baseline]).mean(axis=1)
         rows.append(
@@ -81,7 +82,7 @@ def leaderboard(result: Evaluation) -> list[dict[str, Any]]:
                 if chosen is None
                 else float(np.expm1((mine["ttft_s"] - chosen["ttft_s"]).mean(axis=1)).max()),
                 "cells_won": float((gaps < 0).mean()),
-                "cells_lost": _lost(mine["ttft_s"] - hindsight["ttft_s"]),
+                "cells_lost": _lost(behind),
                 "scenarios": _by(scenario, to_baseline),
                 "sizes": _by(size, to_baseline),
                 "sizes_versus_best_heuristic": _by(size, to_best),

@@ -130,7 +130,7 @@ class EngineTable:
             blocks: hashes of its prompt's blocks, for the prefix index.
         """
         data = self._data.copy()
-        data[:, E_TELEMETRY_AGE_S] = np.maximum(request.now_s - self._sampled_s, 0.0)  # read since the request came
+        data[:, E_TELEMETRY_AGE_S] = self.telemetry_age_s(request.now_s)
         data[:, E_DISPATCHED_SINCE] = data[:, E_DISPATCHED] - self._dispatched_at_sample
         data[:, E_INDEX_TOKENS] = self.prefixes.tokens()
         if blocks:
@@ -235,8 +235,8 @@ class EngineTable:
         return self._data
 
     def telemetry_age_s(self, now_s: float) -> FloatArray:
-        """Return the age of each engine's telemetry, shape (engines,)."""
-        return now_s - self._sampled_s
+        """Return the age of each engine's telemetry, shape (engines,); 0 for what was taken after that time."""
+        return np.maximum(now_s - self._sampled_s, 0.0)
 
     def sampled(self, engine: int, sample: EngineSample, taken_s: float) -> None:
         """Take in what an engine said of itself at a time."""

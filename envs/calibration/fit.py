@@ -38,8 +38,8 @@ _CORRELATED = 0.9
 STRAGGLER = 2.0
 """A step that takes this many times its usual duration was disturbed by something else."""
 _TRIMMED = 0.5
-# Share of the variance around the fit that the steps of a cell have in common. Anything from 0.1 to 1 gives nearly the
-# same terms.
+# Share of the variance around the fit that the steps of a cell have in common. On a CPU engine, 0.1 to 1 gave nearly
+# the same terms.
 _SHARED = 0.5
 
 
@@ -225,7 +225,7 @@ def _windows(samples: Sequence[Sample], columns: FloatArray) -> tuple[list[Sampl
 
 
 def _weights(rows: Sequence[Sample]) -> FloatArray:
-    """Return what the error of each row counts, shape (rows,): together, those of a cell count as if correlated."""
+    """Return what the error of each row counts, shape (rows,): those of one kind in a cell as if correlated."""
     cells = [(row.point, row.round, row.kind) for row in rows]
     sizes = Counter(cells)
     return 1 / np.sqrt(1 + _SHARED * (np.array([sizes[cell] for cell in cells], dtype=np.float64) - 1))

@@ -75,7 +75,8 @@ def test_dispatch_rewards_are_the_metric_and_actions_are_obeyed(cluster: LiveClu
         outcome["output"] > 1, (outcome["finish_s"] - outcome["first_s"]) / np.maximum(outcome["output"] - 1, 1), 0
     )
     assert total == pytest.approx(-(ttft.sum() + 0.5 * e2e.sum() + 2 * tpot.sum()), rel=1e-9)
-    assert 0.02 < metrics["ttft_s"] < 2.0  # seconds; the engines take 0.02 of them
+    assert metrics["ttft_s"] == pytest.approx(ttft.mean())
+    assert 0.02 < metrics["ttft_s"] < 2.0  # the engines take 0.02 s, a busy machine up to 0.6
     assert all(info["elapsed_s"] >= 0 for info in infos[1:])
     env.close()
 
