@@ -1,8 +1,9 @@
-"""Parts of the set network as single passes over its arrays, with their gradients, compiled.
+"""The set network as two functions with gradients of their own: :func:`choice_logits`, :func:`state_summary`.
 
-The matrices of these networks are so small that what torch does around their products, a pass over memory and a call
-for each addition, mask, maximum and their gradients, takes longer than the products. These two functions do what is
-between two products at once: :func:`embed_and_pool`, :func:`score`. For tensors of float32 on the CPU.
+The matrices of these networks are so small that what torch does around their products takes longer than the products:
+a pass over memory and a call for each addition, mask, maximum and their gradients. Here compiled loops do at once what
+is between two products, and the gradients are written out, so that no graph of dozens of nodes is built and walked. For
+tensors of float32 on the CPU; features and masks get no gradient.
 """
 
 from __future__ import annotations
@@ -18,76 +19,175 @@ from torch.autograd.function import once_differentiable
 
 from servegym.compilation import compiled
 
+MASKED_LOGIT = -1e8  # as in sb3-contrib: probability zero, yet finite
+
 Array = npt.NDArray[np.float32]
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
-def embed_and_pool(candidates: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the context to each candidate, rectify, and pool over the candidates that may be chosen.
+def choice_logits(
+    items: Tensor,
+    context: Tensor,
+    mask: Tensor,
+    encoder: tuple[Tensor, Tensor, Tensor],
+    hidden: tuple[Tensor, Tensor],
+    pooled: Tensor | None,
+    head: Tensor,
+    prior: Tensor,
+) -> Tensor:
+    """Return the logits of candidates, shape (batch, candidates); :data:`MASKED_LOGIT` where the mask is 0.
 
     Args:
-        candidates: shape (batch, candidates, width).
-        context: shape (batch, width).
+        items: features of the candidates, shape (batch, candidates, features).
+        context: features of what they share, shape (batch, context features).
         mask: 1.0 where a candidate may be chosen, else 0.0, shape (batch, candidates).
-
-    Returns:
-        The embeddings ``relu(candidates + context) * mask``, shape (batch, candidates, width), and their mean and
-        maximum, shape (batch, 2, width); zeros where there is no candidate.
+        encoder: E, shape (width, features), G, shape (width, context features), and b, shape (width,), of
+            ``h_i = relu(E x_i + G g + b)``.
+        hidden: S, shape (width, width), and c, shape (width,), of ``s_i = relu(S h_i + P p + c)``, where p is the mean
+            and the maximum of h over the candidates that may be chosen.
+        pooled: P, shape (width, 2 width); None leaves p out.
+        head: w, shape (width,), of ``logit_i = w . s_i + v . x_i``.
+        prior: v, shape (features,).
     """
-    hidden, pooled = _EmbedAndPool.apply(candidates, context, mask)  # type: ignore[no-untyped-call]
+    logits: Tensor = _Choice.apply(items, context, mask, *encoder, *hidden, pooled, head, prior)  # type: ignore[no-untyped-call]
+    return logits
+
+
+def state_summary(
+    items: Tensor,
+    context: Tensor,
+    mask: Tensor,
+    encoder: tuple[Tensor, Tensor, Tensor],
+    summary: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Return ``relu(K [p, g] + k)``, which is what a critic knows of a state, shape (batch, width).
+
+    Args:
+        items: as for :func:`choice_logits`; so are the context, the mask, the encoder, and p and g.
+        context: see there.
+        mask: see there.
+        encoder: see there.
+        summary: K, shape (width, 2 width + context features), and k, shape (width,).
+    """
+    latent: Tensor = _Summary.apply(items, context, mask, *encoder, *summary)  # type: ignore[no-untyped-call]
+    return latent
+
+
+class _Choice(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        items: Tensor,
+        context: Tensor,
+        mask: Tensor,
+        item_weight: Tensor,
+        context_weight: Tensor,
+        item_bias: Tensor,
+        hidden_weight: Tensor,
+        hidden_bias: Tensor,
+        pooled_weight: Tensor | None,
+        head: Tensor,
+        prior: Tensor,
+    ) -> Tensor:
+        items = items.contiguous()
+        hidden, pooled = _encode(items, context, mask, item_weight, context_weight, item_bias)
+        second = (_rows(hidden) @ hidden_weight.t()).view_as(hidden)
+        if pooled_weight is None:
+            shared = hidden_bias.expand(len(items), -1).contiguous()
+        else:
+            shared = torch.addmm(hidden_bias, pooled.flatten(1), pooled_weight.t())
+        logits = torch.mv(_rows(items), prior).view(mask.shape)
+        _add_scores(*_arrays(second, shared, head, mask, logits))
+        ctx.save_for_backward(items, context, mask, hidden, pooled, second, shared, hidden_weight, pooled_weight, head)
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+        items, context, mask, hidden, pooled, second, shared, hidden_weight, pooled_weight, head = ctx.saved_tensors
+        d_logits = d_logits * mask
+        d_second, d_shared, d_head = _like(second), _like(shared), _like(head)
+        _score_gradient(*_arrays(second, shared, head, d_logits, d_second, d_shared, d_head))
+        d_hidden = (_rows(d_second) @ hidden_weight).view_as(hidden)
+        d_pooled = d_pooled_weight = None
+        if pooled_weight is not None:
+            d_pooled = (d_shared @ pooled_weight).view_as(pooled)
+            d_pooled_weight = d_shared.t() @ pooled.flatten(1)
+        return (
+            None,
+            None,
+            None,
+            *_encoder_gradient(items, context, mask, hidden, pooled, d_hidden, d_pooled),
+            _rows(d_second).t() @ _rows(hidden),
+            d_shared.sum(0),
+            d_pooled_weight,
+            d_head,
+            torch.mv(_rows(items).t(), d_logits.flatten()),
+        )
+
+
+class _Summary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        items: Tensor,
+        context: Tensor,
+        mask: Tensor,
+        item_weight: Tensor,
+        context_weight: Tensor,
+        item_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        items = items.contiguous()
+        hidden, pooled = _encode(items, context, mask, item_weight, context_weight, item_bias)
+        known = torch.cat([pooled.flatten(1), context], dim=1)
+        latent = torch.addmm(bias, known, weight.t()).relu_()
+        ctx.save_for_backward(items, context, mask, hidden, pooled, known, latent, weight)
+        return latent
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_latent: Tensor) -> tuple[Tensor | None, ...]:
+        items, context, mask, hidden, pooled, known, latent, weight = ctx.saved_tensors
+        above = d_latent * (latent > 0)
+        d_pooled = (above @ weight[:, : pooled[0].numel()]).view_as(pooled)
+        encoder = _encoder_gradient(items, context, mask, hidden, pooled, None, d_pooled)
+        return None, None, None, *encoder, above.t() @ known, above.sum(0)
+
+
+def _encode(
+    items: Tensor, context: Tensor, mask: Tensor, item_weight: Tensor, context_weight: Tensor, item_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return h, shape (batch, candidates, width), and its mean and maximum, shape (batch, 2, width)."""
+    hidden = (_rows(items) @ item_weight.t()).view(*items.shape[:2], -1)
+    # The bias goes to the context, which has fewer rows than there are candidates.
+    shared = torch.addmm(item_bias, context, context_weight.t())
+    pooled = hidden.new_empty((len(hidden), 2, hidden.shape[-1]))
+    _embed_and_pool(*_arrays(hidden, shared, mask, pooled))
     return hidden, pooled
 
 
-def score(candidates: Tensor, context: Tensor, weights: Tensor) -> Tensor:
-    """Return ``relu(candidates + context) @ weights``, shape (batch, candidates).
-
-    Args:
-        candidates: shape (batch, candidates, width).
-        context: shape (batch, width).
-        weights: shape (width,).
-    """
-    scores: Tensor = _Score.apply(candidates, context, weights)  # type: ignore[no-untyped-call]
-    return scores
-
-
-class _EmbedAndPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, candidates: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = _like(candidates)
-        pooled = candidates.new_empty((len(candidates), 2, candidates.shape[-1]))
-        _embed_and_pool(*_arrays(candidates, context, mask, hidden, pooled))
-        ctx.save_for_backward(mask, hidden, pooled)
-        ctx.set_materialize_grads(False)
-        return hidden, pooled
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_hidden: Tensor | None, d_pooled: Tensor | None) -> tuple[Tensor, Tensor, None]:
-        mask, hidden, pooled = ctx.saved_tensors
-        if d_hidden is None:  # the critic uses the pooled vector alone
-            d_hidden = hidden.new_empty((0, 0, 0))
-        if d_pooled is None:
-            d_pooled = torch.zeros_like(pooled)
-        d_candidates, d_context = _like(hidden), hidden.new_empty((len(hidden), hidden.shape[-1]))
-        _embed_and_pool_gradient(*_arrays(mask, hidden, pooled, d_hidden, d_pooled, d_candidates, d_context))
-        return d_candidates, d_context, None
+def _encoder_gradient(
+    items: Tensor,
+    context: Tensor,
+    mask: Tensor,
+    hidden: Tensor,
+    pooled: Tensor,
+    d_hidden: Tensor | None,
+    d_pooled: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of E, G and b."""
+    d_pooled = torch.zeros_like(pooled) if d_pooled is None else d_pooled
+    d_embedded = _like(hidden) if d_hidden is None else d_hidden
+    d_shared = hidden.new_empty((len(hidden), hidden.shape[-1]))
+    _embed_and_pool_gradient(*_arrays(mask, hidden, pooled, d_pooled, d_embedded, d_shared), d_hidden is not None)
+    # This way round MKL takes two thirds of the time that the product of the transposed ones takes.
+    return (_rows(items).t() @ _rows(d_embedded)).t(), d_shared.t() @ context, d_shared.sum(0)
 
 
-class _Score(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, candidates: Tensor, context: Tensor, weights: Tensor) -> Tensor:
-        scores = candidates.new_empty(candidates.shape[:2])
-        _score(*_arrays(candidates, context, weights, scores))
-        ctx.save_for_backward(candidates, context, weights)
-        return scores
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        candidates, context, weights = ctx.saved_tensors
-        gradients = _like(candidates), _like(context), _like(weights)
-        _score_gradient(*_arrays(candidates, context, weights, d_scores, *gradients))
-        return gradients
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -105,37 +205,41 @@ def _jit(function: FunctionT) -> FunctionT:
 
 
 @_jit
-def _embed_and_pool(candidates: Any, context: Any, mask: Any, hidden: Any, pooled: Any) -> None:
-    batch, count, width = candidates.shape
+def _embed_and_pool(hidden: Any, shared: Any, mask: Any, pooled: Any) -> None:
+    """Make ``hidden`` the embeddings in place; the loops are apart and the maximum changes rows to be vectorised."""
+    batch, count, width = hidden.shape
+    mean = np.empty(width, dtype=np.float32)
+    largest, higher = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
     for b in range(batch):
-        mean, largest = pooled[b, 0], pooled[b, 1]
         mean[:] = np.float32(0.0)
         largest[:] = np.float32(0.0)  # embeddings are never negative
         present = np.float32(0.0)
         for i in range(count):
-            if mask[b, i] == 0.0:
-                hidden[b, i, :] = np.float32(0.0)
-                continue
-            present += np.float32(1.0)
+            shown = mask[b, i]
+            present += shown
             for j in range(width):
-                value = max(candidates[b, i, j] + context[b, j], np.float32(0.0))
-                hidden[b, i, j] = value
-                mean[j] += value
-                largest[j] = max(largest[j], value)
+                hidden[b, i, j] = max(hidden[b, i, j] + shared[b, j], np.float32(0.0)) * shown
+            for j in range(width):
+                mean[j] += hidden[b, i, j]
+            for j in range(width):
+                higher[j] = max(largest[j], hidden[b, i, j])
+            largest, higher = higher, largest
         share = np.float32(1.0) / max(present, np.float32(1.0))
         for j in range(width):
-            mean[j] *= share
+            pooled[b, 0, j] = mean[j] * share
+        for j in range(width):
+            pooled[b, 1, j] = largest[j]
 
 
 @_jit
 def _embed_and_pool_gradient(
-    mask: Any, hidden: Any, pooled: Any, d_hidden: Any, d_pooled: Any, d_candidates: Any, d_context: Any
+    mask: Any, hidden: Any, pooled: Any, d_pooled: Any, d_embedded: Any, d_shared: Any, has_own: bool
 ) -> None:
+    """Make ``d_embedded`` the gradient before the rectifier, in place of that of ``hidden``, if it has one of its own."""
     batch, count, width = hidden.shape
     of_largest = np.empty(width, dtype=np.float32)
-    hidden_used = d_hidden.size > 0
     for b in range(batch):
-        d_context[b, :] = np.float32(0.0)
+        d_shared[b, :] = np.float32(0.0)
         of_largest[:] = np.float32(0.0)
         present = np.float32(0.0)
         for i in range(count):
@@ -148,37 +252,37 @@ def _embed_and_pool_gradient(
         for i in range(count):
             for j in range(width):
                 slope = d_pooled[b, 0, j] * share
-                slope += d_hidden[b, i, j] if hidden_used else np.float32(0.0)
+                slope += d_embedded[b, i, j] if has_own else np.float32(0.0)
                 slope += of_largest[j] if hidden[b, i, j] == pooled[b, 1, j] else np.float32(0.0)
                 slope = slope if hidden[b, i, j] > 0.0 else np.float32(0.0)
-                d_candidates[b, i, j] = slope
-                d_context[b, j] += slope
+                d_embedded[b, i, j] = slope
+                d_shared[b, j] += slope
 
 
 @_jit
-def _score(candidates: Any, context: Any, weights: Any, scores: Any) -> None:
+def _add_scores(candidates: Any, shared: Any, weights: Any, mask: Any, logits: Any) -> None:
     batch, count, width = candidates.shape
     for b in range(batch):
         for i in range(count):
             total = np.float32(0.0)
             for j in range(width):
-                total += max(candidates[b, i, j] + context[b, j], np.float32(0.0)) * weights[j]
-            scores[b, i] = total
+                total += max(candidates[b, i, j] + shared[b, j], np.float32(0.0)) * weights[j]
+            logits[b, i] = logits[b, i] + total if mask[b, i] > 0.0 else np.float32(MASKED_LOGIT)
 
 
 @_jit
 def _score_gradient(
-    candidates: Any, context: Any, weights: Any, d_scores: Any, d_candidates: Any, d_context: Any, d_weights: Any
+    candidates: Any, shared: Any, weights: Any, d_logits: Any, d_candidates: Any, d_shared: Any, d_weights: Any
 ) -> None:
     batch, count, width = candidates.shape
     d_weights[:] = np.float32(0.0)
     for b in range(batch):
-        d_context[b, :] = np.float32(0.0)
+        d_shared[b, :] = np.float32(0.0)
         for i in range(count):
-            above = d_scores[b, i]
+            above = d_logits[b, i]
             for j in range(width):
-                value = candidates[b, i, j] + context[b, j]
+                value = candidates[b, i, j] + shared[b, j]
                 slope = above * weights[j] if value > 0.0 else np.float32(0.0)
                 d_candidates[b, i, j] = slope
-                d_context[b, j] += slope
+                d_shared[b, j] += slope
                 d_weights[j] += above * max(value, np.float32(0.0))

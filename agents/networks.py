@@ -31,29 +31,23 @@ from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from servegym.agents.network_kernels import embed_and_pool, score
+from servegym.agents.network_kernels import MASKED_LOGIT, choice_logits, state_summary
 from servegym.agents.priors import PRIORS, Prior
 from servegym.engine_bridge.decisions import DISPATCH, Decisions
 
-MASKED_LOGIT = -1e8  # as in sb3-contrib: probability zero, yet finite
-
 
 class Encoder(nn.Module):
-    """Embeds each candidate together with the context, and pools over those that may be chosen."""
+    """Weights that embed each candidate together with the context."""
 
     def __init__(self, decisions: Decisions, width: int) -> None:
         super().__init__()
         self.item = nn.Linear(len(decisions.items), width)
         self.context = nn.Linear(len(decisions.context), width, bias=False)
 
-    def forward(self, items: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embeddings, shape (batch, candidates, width), and the pooled vector, shape (batch, 2 width)."""
-        # The bias goes to the context, which has fewer rows than there are candidates.
-        embedded = linear(items, self.item.weight)
-        hidden, pooled = embed_and_pool(embedded, linear(context, self.context.weight, self.item.bias), mask)
-        return hidden, pooled.flatten(1)
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return E, G and b."""
+        return self.item.weight, self.context.weight, self.item.bias
 
 
 class Actor(nn.Module):
@@ -76,12 +70,16 @@ class Actor(nn.Module):
             context: features of what they share, shape (batch, features).
             mask: 1.0 where a candidate may be chosen, else 0.0, shape (batch, candidates).
         """
-        hidden, pooled = self.encoder(items, context, mask)
-        bias = self.hidden.bias
-        shared = bias.expand(len(pooled), -1) if self.pooled is None else linear(pooled, self.pooled.weight, bias)
-        residual = score(linear(hidden, self.hidden.weight), shared, self.head.weight[0])
-        logits = residual + self.prior(items).squeeze(-1)
-        return torch.where(mask > 0, logits, MASKED_LOGIT)
+        return choice_logits(
+            items,
+            context,
+            mask,
+            self.encoder.weights(),
+            (self.hidden.weight, self.hidden.bias),
+            None if self.pooled is None else self.pooled.weight,
+            self.head.weight[0],
+            self.prior.weight[0],
+        )
 
     def observed(self, observation: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return what the network takes of an environment's observation: candidates, context, mask."""
@@ -127,9 +125,8 @@ class ActorCriticNetwork(nn.Module):
 
     def forward_critic(self, observation: dict[str, Tensor]) -> Tensor:
         """Return the critic's latent, shape (batch, width)."""
-        items, context, mask = self.actor.observed(observation)
-        _, pooled = self.critic_encoder(items, context, mask)
-        return torch.relu(self.critic(torch.cat([pooled, context], dim=-1)))
+        encoder, critic = self.critic_encoder.weights(), self.critic
+        return state_summary(*self.actor.observed(observation), encoder, (critic.weight, critic.bias))
 
 
 class _Observation(BaseFeaturesExtractor):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +44,10 @@ from servegym.envs.simulator.records import (
     request_records,
     step_costs,
 )
-from servegym.envs.simulator.spare import array
+from servegym.envs.simulator.spare import block
 from servegym.envs.workloads.table import RequestTable
+
+_CACHE_LINE = 64
 
 
 class Memory:
@@ -99,6 +102,7 @@ class Memory:
         if lockstep:
             check_ranks(engines)
         self._owned: list[npt.NDArray[Any]] = []
+        self._engine_memory: list[tuple[npt.NDArray[np.uint8], _Layout]] = []
         users, user = dense(table.user)
         sessions, session = dense(table.session)
         _, template = dense(table.template)
@@ -145,8 +149,9 @@ class Memory:
         index_fields, index_arrays = prefix_index(table, self.requests, self.engines, router or RouterConfig())
         fields |= index_fields
         fields |= {f"{name}_at": self._own(array) for name, array in (arrays | index_arrays).items()}
+        record = self.cluster[0]
         for name, value in fields.items():
-            self.cluster[0][name] = value
+            record[name] = value
         reset_pools(self.engines)
 
     def lists(self, engine: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
@@ -154,9 +159,12 @@ class Memory:
 
         Each of shape (max_num_seqs,), valid up to the counts in the engine's record.
         """
-        owned = {array.ctypes.data: array for array in self._owned}
-        record = self.engines[engine]
-        return owned[record["running_at"]], owned[record["scheduled_at"]], owned[record["preempted_at"]]
+        return self.array(engine, "running"), self.array(engine, "scheduled"), self.array(engine, "preempted")
+
+    def array(self, engine: int, name: str) -> npt.NDArray[Any]:
+        """An array of an engine's own, by the name of the field with its address less ``_at``."""
+        memory, layout = self._engine_memory[engine]
+        return layout.places[name].of(memory)
 
     def _arrays(self, table: RequestTable, engine_params: FloatArray) -> dict[str, npt.NDArray[Any]]:
         """Arrays of the CLUSTER record whose size follows from the requests and the engines."""
@@ -216,29 +224,77 @@ class Memory:
         return int(array.ctypes.data)
 
     def _lay_out_engine(self, record: Any, limits: EngineLimits, longest: int, served_users: int | None) -> None:
-        seqs, blocks = limits.max_num_seqs, limits.num_blocks
-        # Only these must begin as zeros; the others are written before they are read.
-        zeros: dict[str, tuple[int, npt.DTypeLike]] = {
-            "phases": (limits.block_size, np.int32),
-        }
-        if served_users is not None:
-            zeros |= {"served": (served_users + 1, np.float64), "queued": (served_users + 1, np.int32)}
-        shapes: dict[str, tuple[int, npt.DTypeLike]] = {
-            name: (seqs, np.int32) for name in ("running", "scheduled", "preempted", "phase_of", "rows")
-        }
-        shapes["end_of"] = (seqs, np.int64)
-        if limits.async_scheduling:
-            shapes |= {name: (seqs, np.int32) for name in ("firsts", "leaving", "leaving_place")}
-        if limits.enable_prefix_caching:
-            # Twice the blocks, at least: a table at most half full keeps probe sequences short.
-            slots = 1 << (2 * blocks).bit_length()
-            record["table_mask"] = record["free_mask"] = slots - 1
-            record["row_length"] = longest // limits.block_size + 1
-            zeros["table_keys"] = (slots, np.int64)
-            shapes |= {"blocks": (blocks, BLOCK), "front": (blocks, np.int32), "free": (slots, np.int32)}
-            shapes |= {"table_blocks": (slots, np.int32), "block_tables": (seqs * record["row_length"], np.int32)}
-        for name, (length, dtype) in (zeros | shapes).items():
-            record[f"{name}_at"] = self._own(array(self, length, dtype, zero=name in zeros))
+        row_length = longest // limits.block_size + 1 if limits.enable_prefix_caching else 0
+        layout = _engine_layout(
+            limits.max_num_seqs,
+            limits.num_blocks,
+            limits.block_size,
+            row_length,
+            limits.async_scheduling,
+            served_users,
+        )
+        if row_length:
+            record["table_mask"] = record["free_mask"] = layout.places["table_keys"].length - 1
+            record["row_length"] = row_length
+        memory, zero = block(self, layout.size)
+        for name in () if zero else layout.zeros:
+            layout.places[name].of(memory)[:] = 0
+        address = memory.ctypes.data
+        for name, place in layout.places.items():
+            record[f"{name}_at"] = address + place.offset
+        self._engine_memory.append((memory, layout))
+
+
+class _Place(NamedTuple):
+    """Where an array lies in an engine's memory."""
+
+    offset: int
+    length: int
+    dtype: np.dtype[Any]
+
+    def of(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        return memory[self.offset : self.offset + self.length * self.dtype.itemsize].view(self.dtype)
+
+
+class _Layout(NamedTuple):
+    """The arrays of an engine, by the name of the field with their address less ``_at``.
+
+    Attributes:
+        places: of each array.
+        zeros: those that begin as zeros; the others are written before they are read.
+        size: of all, bytes.
+    """
+
+    places: dict[str, _Place]
+    zeros: tuple[str, ...]
+    size: int
+
+
+@lru_cache(maxsize=256)
+def _engine_layout(
+    seqs: int, blocks: int, block_size: int, row_length: int, ahead: bool, served_users: int | None
+) -> _Layout:
+    zeros: dict[str, tuple[int, npt.DTypeLike]] = {"phases": (block_size, np.int32)}
+    if served_users is not None:
+        zeros |= {"served": (served_users + 1, np.float64), "queued": (served_users + 1, np.int32)}
+    shapes: dict[str, tuple[int, npt.DTypeLike]] = {
+        name: (seqs, np.int32) for name in ("running", "scheduled", "preempted", "phase_of", "rows")
+    }
+    shapes["end_of"] = (seqs, np.int64)
+    if ahead:
+        shapes |= {name: (seqs, np.int32) for name in ("firsts", "leaving", "leaving_place")}
+    if row_length:
+        # Twice the blocks, at least: a table at most half full keeps probe sequences short.
+        slots = 1 << (2 * blocks).bit_length()
+        zeros["table_keys"] = (slots, np.int64)
+        shapes |= {"blocks": (blocks, BLOCK), "front": (blocks, np.int32), "free": (slots, np.int32)}
+        shapes |= {"table_blocks": (slots, np.int32), "block_tables": (seqs * row_length, np.int32)}
+    places, size = {}, 0
+    for name, (length, kind) in (zeros | shapes).items():
+        dtype = np.dtype(kind)
+        places[name] = _Place(size, length, dtype)
+        size += -(-length * dtype.itemsize // _CACHE_LINE) * _CACHE_LINE
+    return _Layout(places, tuple(zeros), size)
 
 
 def _first_view(records: npt.NDArray[Any]) -> FloatArray:

@@ -26,7 +26,7 @@ def common_frontend(engines: Sequence[EngineSpec]) -> Frontend | None:
     """
     first = engines[0].profile
     for spec in engines[1:]:
-        if spec.profile.frontend != first.frontend:
+        if spec.profile is not first and spec.profile.frontend != first.frontend:
             raise InputError(
                 "cluster",
                 "profile",

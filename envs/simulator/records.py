@@ -117,8 +117,10 @@ def engine_records(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any
         order: how waiting queues are kept, an ORDER_* constant.
     """
     records = np.zeros(len(engines), dtype=ENGINE)
-    records["index"] = np.arange(len(engines))
-    for record, spec in zip(records, engines, strict=True):
+    for place, (record, spec) in enumerate(zip(records, engines, strict=True)):
+        if place > 0 and spec is engines[place - 1]:
+            records[place] = records[place - 1]
+            continue
         limit, cost = spec.limits, _compiled(spec.profile, spec.limits.max_num_batched_tokens)
         record["block_size"] = limit.block_size
         record["num_blocks"] = limit.num_blocks
@@ -140,6 +142,7 @@ def engine_records(engines: Sequence[EngineSpec], order: int) -> npt.NDArray[Any
         record["queue_head"] = record["queue_tail"] = record["front"] = record["heap"] = NONE
         record["last_admitted"] = NONE
         record["accepting"] = record["alive"] = record["reporting"] = 1
+    records["index"] = np.arange(len(engines))
     return records
 
 
@@ -177,7 +180,11 @@ def prefix_index(
 def step_costs(engines: Sequence[EngineSpec], lockstep: bool) -> list[StepCost]:
     """Tabulated step costs of each engine; in lockstep MoE layers see the tokens of all ranks."""
     budget = max(spec.limits.max_num_batched_tokens for spec in engines) * (len(engines) if lockstep else 1)
-    return [_compiled(spec.profile, budget) for spec in engines]
+    costs: list[StepCost] = []
+    for place, spec in enumerate(engines):
+        same = place > 0 and spec is engines[place - 1]
+        costs.append(costs[-1] if same else _compiled(spec.profile, budget))
+    return costs
 
 
 @lru_cache(maxsize=64)

@@ -1,10 +1,9 @@
-"""Large arrays of runs that are gone, for the next ones: fresh pages cost more than the simulation of an episode."""
+"""Large blocks of memory of runs that are gone, for the next ones: fresh pages cost more than an episode's simulation."""
 
 from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,29 +18,24 @@ _spare: defaultdict[int, list[Bytes]] = defaultdict(list)
 _kept = [0]
 
 
-def array(owner: object, length: int, dtype: npt.DTypeLike, *, zero: bool) -> npt.NDArray[Any]:
-    """Return an array whose memory goes to a later one of its size once ``owner`` is gone.
+def block(owner: object, size: int) -> tuple[Bytes, bool]:
+    """Return memory that goes to a later block of about its size once ``owner`` is gone, and whether it is zero.
 
     Args:
-        owner: what no reference to the array outlives.
-        length: number of elements.
-        dtype: their type.
-        zero: whether it has to hold zeros; else anything.
+        owner: what no reference to the memory outlives.
+        size: bytes at least.
     """
-    kind = np.dtype(dtype)
-    size = length * kind.itemsize
-    make = np.zeros if zero else np.empty
     if size < _LEAST_BYTES:
-        return make(length, kind)
-    try:
-        found = _spare[size].pop()
+        return np.zeros(size, np.uint8), True
+    step = 1 << (size.bit_length() - 4)  # runs whose sizes differ by a little share their memory
+    size = -(-size // step) * step
+    if _spare[size]:
+        found, zero = _spare[size].pop(), False
         _kept[0] -= size
-        if zero:
-            found.fill(0)
-    except IndexError:
-        found = make(size, np.uint8)
+    else:
+        found, zero = np.zeros(size, np.uint8), True
     weakref.finalize(owner, _give_back, found).atexit = False
-    return found.view(kind)
+    return found, zero
 
 
 def _give_back(used: Bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -41,8 +42,12 @@ def shipped_configs(kind: str) -> dict[str, Path]:
     Args:
         kind: a folder of ``configs``: ``train``, ``evaluate``, ``simulate``, ``profiles``, ``workloads``.
     """
-    folder = Path(str(files("servegym"))) / "configs" / kind
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(_folder(kind).glob("*.yaml"))}
+
+
+@cache
+def _folder(kind: str) -> Path:
+    return Path(str(files("servegym"))) / "configs" / kind
 
 
 def find_config(reference: str | Path, kind: str) -> Path:
@@ -56,9 +61,10 @@ def find_config(reference: str | Path, kind: str) -> Path:
         if not path.is_file():
             raise InputError(str(reference), "", f"no such file{_init_hint(kind, path)}")
         return path
+    named = _folder(kind) / f"{reference}.yaml"
+    if named.is_file() and path.name == str(reference):
+        return named
     shipped = shipped_configs(kind)
-    if str(reference) in shipped:
-        return shipped[str(reference)]
     elsewhere = [other for other in _COMMANDS if str(reference) in shipped_configs(other)]
     if elsewhere:
         problem = f"no shipped config in {kind}, but one of `servegym {_COMMANDS[elsewhere[0]]}`"

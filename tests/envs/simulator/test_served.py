@@ -21,8 +21,7 @@ def run(table: RequestTable, profile: str, order: str, **config: object) -> Simu
 
 
 def counters(simulated: SimulatedCluster, engine: int = 0) -> npt.NDArray[np.float64]:
-    owned = {array.ctypes.data: array for array in simulated.memory._owned if len(array)}
-    return owned[int(simulated.memory.engines["served_at"][engine])]
+    return simulated.memory.array(engine, "served")
 
 
 @pytest.mark.parametrize("blocks", [2000, 160])
