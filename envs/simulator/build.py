@@ -286,9 +286,9 @@ def _engine_layout(
     if row_length:
         # Twice the blocks, at least: a table at most half full keeps probe sequences short.
         slots = 1 << (2 * blocks).bit_length()
-        zeros["table_keys"] = (slots, np.int64)
-        shapes |= {"blocks": (blocks, BLOCK), "front": (blocks, np.int32), "free": (slots, np.int32)}
-        shapes |= {"table_blocks": (slots, np.int32), "block_tables": (seqs * row_length, np.int32)}
+        shapes |= {"blocks": (blocks, BLOCK), "returned": (blocks, np.int32), "free": (slots, np.int32)}
+        shapes |= {"table_keys": (slots, np.int64), "table_blocks": (slots, np.int32)}
+        shapes["block_tables"] = (seqs * row_length, np.int32)
     places, size = {}, 0
     for name, (length, kind) in (zeros | shapes).items():
         dtype = np.dtype(kind)

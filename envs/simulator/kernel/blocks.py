@@ -4,11 +4,11 @@ Without prefix caching blocks are interchangeable and a count is all. With it, t
 decides what stays cached, so the free queue is kept exactly as vLLM 0.32 keeps it (``block_pool.py``): blocks are taken
 from the front; of a freed request, blocks without hash go to the front, hashed ones to the back, last block first.
 
-The queue stands in three parts: a stack of unhashed blocks at its front, the blocks never used so far, and a ring of
-hashed blocks, from which a block that is found again is taken by leaving a hole. Blocks whose content no other
-request can have (*private* ones, most blocks of most workloads) stay out of the hash table until their request is
-preempted, the only event after which they can be found; nothing is kept per private block, so that they cost no cache
-misses.
+Only blocks that can be found again have a number here. Others, those whose content no other request can have (most
+blocks of most workloads), remain interchangeable: a number is given as a block enters the hash table and taken back as
+it leaves it, and a private block enters it when its request is preempted, the only event after which it can be found.
+The free queue so is the number of blocks without hash at its front, among them those never used, and a ring: runs of
+private blocks, and blocks of the hash table, which are taken out by leaving a hole when they are found.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from servegym.envs.simulator.kernel.memory import block_at, ints, longs, request
 from servegym.envs.simulator.kernel.state import DECODE, NONE, Engine, State
 
 PRIVATE = 0  # instead of a hash: the content is no other request's
-PUBLIC = 1 << 30  # flag of an entry of the free queue: the block is in the hash table
+PUBLIC = 1 << 30  # flag of an entry of the ring: a block of the hash table; without it, how many private ones
 HOLE = -1
+ALL = 1 << 30
 
 
 @jit
@@ -65,6 +66,19 @@ def own_hash(s: State, r: int, block: int, block_size: int) -> int:
     return mix(~r, ~block) if value == PRIVATE else value
 
 
+@jit
+def findable_blocks(s: State, r: int, block_size: int) -> int:
+    """Number of leading blocks of a request that are not private: for others to find, or, preempted, for itself."""
+    request = request_at(s.requests_at, r)
+    if request.preemptions > 0 or request.shared_stream:
+        return ALL
+    tokens = np.int64(request.template_tokens)
+    if s.prefix_block_tokens > 0:
+        given = longs(s.prefix_start_at)[r + 1] - longs(s.prefix_start_at)[r]
+        tokens = max(tokens, given * s.prefix_block_tokens)
+    return tokens // block_size
+
+
 # ---------------------------------------------------------------------------------------------- hash table
 @jit
 def _slot(engine: Engine, key: int) -> int:
@@ -79,30 +93,51 @@ def _slot(engine: Engine, key: int) -> int:
 @jit
 def find_block(engine: Engine, key: int) -> int:
     """First block inserted with this hash, or NONE."""
+    if not engine.table_used:
+        return NONE
     i = _slot(engine, key)
     return ints(engine.table_blocks_at)[i] if longs(engine.table_keys_at)[i] != 0 else NONE
 
 
 @jit
-def insert_block(engine: Engine, key: int, block: int) -> None:
-    """Enter a block under its hash, behind others of the same hash."""
+def _number(engine: Engine) -> int:
+    """A number that no other block has."""
+    if engine.returned > 0:
+        engine.returned -= 1
+        return ints(engine.returned_at)[engine.returned]
+    engine.numbered += 1
+    return engine.numbered - 1
+
+
+@jit
+def insert_block(engine: Engine, key: int) -> int:
+    """Enter a block that one request refers to under its hash, behind others of the same hash; returns its number."""
+    if not engine.table_used:  # most engines of most runs never need it
+        for i in range(engine.table_mask + 1):
+            longs(engine.table_keys_at)[i] = 0
+        engine.table_used = 1
+    block = _number(engine)
     record = block_at(engine.blocks_at, block)
     record.hash = key
     record.twin = NONE
+    record.refs = 1
     i = _slot(engine, key)
     if longs(engine.table_keys_at)[i] == 0:
         longs(engine.table_keys_at)[i] = key
         ints(engine.table_blocks_at)[i] = block
-        return
+        return block
     last = ints(engine.table_blocks_at)[i]
     while block_at(engine.blocks_at, last).twin != NONE:
         last = block_at(engine.blocks_at, last).twin
     block_at(engine.blocks_at, last).twin = block
+    return block
 
 
 @jit
 def remove_block(engine: Engine, block: int) -> None:
     """Take a block out of the prefix cache."""
+    ints(engine.returned_at)[engine.returned] = block
+    engine.returned += 1
     i = _slot(engine, block_at(engine.blocks_at, block).hash)
     if ints(engine.table_blocks_at)[i] != block:
         before = ints(engine.table_blocks_at)[i]
@@ -144,6 +179,21 @@ def _append(engine: Engine, entry: int) -> None:
 
 
 @jit
+def _append_private(engine: Engine, count: int) -> None:
+    """Put private blocks behind all others."""
+    if count <= 0:
+        return
+    engine.free_blocks += count
+    last = (engine.free_head + engine.free_entries - 1) & engine.free_mask
+    if engine.free_entries > 0:
+        entry = ints(engine.free_at)[last]
+        if entry != HOLE and not entry & PUBLIC:
+            ints(engine.free_at)[last] = entry + count
+            return
+    _append(engine, count)
+
+
+@jit
 def _compact(engine: Engine) -> None:
     """Close the holes that taken-out blocks left in the ring."""
     mask, kept = engine.free_mask, 0
@@ -160,34 +210,24 @@ def _compact(engine: Engine) -> None:
 
 
 @jit
-def _prepend(engine: Engine, block: int) -> None:
-    """Put an unhashed block before all others."""
-    ints(engine.front_at)[engine.front_count] = block
-    engine.front_count += 1
-
-
-@jit
-def take_block(engine: Engine) -> int:
-    """Take the first free block, evicting what it cached."""
-    if engine.front_count > 0:
-        engine.front_count -= 1
-        engine.free_blocks -= 1
-        return ints(engine.front_at)[engine.front_count]
-    if engine.untouched < engine.num_blocks:
-        engine.untouched += 1
-        engine.free_blocks -= 1
-        return engine.untouched - 1
-    while True:
+def take_blocks(engine: Engine, count: int) -> None:
+    """Take the first free blocks, evicting what they cached."""
+    engine.free_blocks -= count
+    unhashed = min(count, engine.unhashed)
+    engine.unhashed -= unhashed
+    count -= unhashed
+    while count > 0:
         entry = ints(engine.free_at)[engine.free_head]
+        if entry != HOLE and not entry & PUBLIC:
+            if entry > count:
+                ints(engine.free_at)[engine.free_head] = entry - count
+                return
+            count -= entry
+        elif entry != HOLE:
+            remove_block(engine, entry & ~PUBLIC)
+            count -= 1
         engine.free_head = (engine.free_head + 1) & engine.free_mask
         engine.free_entries -= 1
-        if entry != HOLE:
-            break
-    engine.free_blocks -= 1
-    block = entry & ~PUBLIC
-    if entry & PUBLIC:
-        remove_block(engine, block)
-    return block
 
 
 @jit
@@ -201,21 +241,13 @@ def touch_block(engine: Engine, block: int) -> None:
 
 
 @jit
-def clear_cache(engine: Engine) -> None:
-    """Forget all cached content."""
-    if engine.prefix_caching:
-        for i in range(engine.table_mask + 1):
-            longs(engine.table_keys_at)[i] = 0
-
-
-@jit
 def reset_pool(engine: Engine) -> None:
-    """All blocks free; block 0 is vLLM's null block and never handed out. The cache must be empty."""
-    engine.free_blocks = engine.num_blocks - 1
+    """All blocks free, nothing cached; one block is vLLM's null block and never handed out."""
+    engine.free_blocks = engine.unhashed = engine.num_blocks - 1
     if not engine.prefix_caching:
         return
-    engine.untouched = 1
-    engine.front_count = engine.free_head = engine.free_entries = 0
+    engine.table_used = engine.numbered = engine.returned = 0
+    engine.free_head = engine.free_entries = engine.findable = 0
     for row in range(engine.max_num_seqs):
         ints(engine.rows_at)[row] = row
     engine.rows_free = engine.max_num_seqs
@@ -247,20 +279,15 @@ def cached_prefix(s: State, engine: Engine, r: int, tokens: int) -> int:
 
     Fills the head of a scratch row of the block table: the row that the request will get.
     """
-    request = request_at(s.requests_at, r)
-    own = request.preemptions > 0
+    size = engine.block_size
     table = block_table(engine, ints(engine.rows_at)[engine.rows_free - 1])
-    count = 0
-    while count < (tokens - 1) // engine.block_size:
-        key = own_hash(s, r, count, engine.block_size) if own else content_hash(s, r, count, engine.block_size)
-        if key == PRIVATE:
-            break
-        block = find_block(engine, key)
+    most = min((tokens - 1) // size, findable_blocks(s, r, size))
+    for count in range(most):
+        block = find_block(engine, own_hash(s, r, count, size))
         if block == NONE:
-            break
+            return count
         table[count] = block
-        count += 1
-    return count
+    return max(most, 0)
 
 
 @jit
@@ -277,26 +304,24 @@ def evictable(engine: Engine, count: int) -> int:
 @jit
 def adopt_prefix(s: State, engine: Engine, r: int, count: int) -> None:
     """Give the request its row of the block table and a reference to each block found in the cache."""
+    request = request_at(s.requests_at, r)
     engine.rows_free -= 1
-    row = ints(engine.rows_at)[engine.rows_free]
-    request_at(s.requests_at, r).row = row
-    request_at(s.requests_at, r).cached = count
-    table = block_table(engine, row)
+    request.row = ints(engine.rows_at)[engine.rows_free]
+    request.cached = count
+    request.findable = findable_blocks(s, r, engine.block_size)
+    engine.findable += request.findable > 0
+    table = block_table(engine, request.row)
     for j in range(count):
         touch_block(engine, table[j])
 
 
 @jit
-def cache_blocks(s: State, engine: Engine, r: int, table: Any, first: int, last: int) -> None:
+def cache_blocks(s: State, engine: Engine, r: int, first: int, last: int) -> None:
     """Enter full blocks ``first`` to ``last - 1`` of a request into the prefix cache, private ones apart."""
-    own = request_at(s.requests_at, r).preemptions > 0
-    for j in range(first, last):
-        key = content_hash(s, r, j, engine.block_size)
-        if key == PRIVATE and own:
-            key = own_hash(s, r, j, engine.block_size)
-        if key != PRIVATE:
-            insert_block(engine, key, table[j])
-            block_at(engine.blocks_at, table[j]).refs = 1
+    request = request_at(s.requests_at, r)
+    table = block_table(engine, request.row)
+    for j in range(first, min(last, request.findable)):
+        table[j] = insert_block(engine, own_hash(s, r, j, engine.block_size))
 
 
 @jit
@@ -305,7 +330,7 @@ def cache_known(s: State, engine: Engine, r: int, tokens: int) -> None:
     request = request_at(s.requests_at, r)
     full = tokens // engine.block_size
     if full > request.cached:
-        cache_blocks(s, engine, r, block_table(engine, request.row), request.cached, full)
+        cache_blocks(s, engine, r, request.cached, full)
         request.cached = full
 
 
@@ -324,15 +349,13 @@ def grow(s: State, engine: Engine, r: int, computed: int, tokens: int) -> bool:
     if not engine.prefix_caching:
         engine.free_blocks -= want - have
         return True
-    request = request_at(s.requests_at, r)
-    table = block_table(engine, request.row)
-    for j in range(have, want):
-        table[j] = take_block(engine)
+    take_blocks(engine, want - have)
     if engine.ahead:
         # A block with a token that is in flight has no hash yet.
-        cache_known(s, engine, r, computed if in_flight(engine, request) else computed + tokens)
+        flying = in_flight(engine, request_at(s.requests_at, r))
+        cache_known(s, engine, r, computed if flying else computed + tokens)
     else:
-        cache_blocks(s, engine, r, table, computed // size, (computed + tokens) // size)
+        cache_blocks(s, engine, r, computed // size, (computed + tokens) // size)
     return True
 
 
@@ -345,26 +368,23 @@ def release(s: State, engine: Engine, r: int, computed: int, preempted: bool) ->
         engine.free_blocks += count
         return
     request = request_at(s.requests_at, r)
-    row, table = request.row, block_table(engine, request.row)
     full = request.cached if engine.ahead else computed // size
-    resumed = request.preemptions - preempted > 0  # its private blocks were entered as its own
-    for j in range(full, count):  # without hash; the last one is used first
-        _prepend(engine, table[j])
-        engine.free_blocks += 1
-    for j in range(full - 1, -1, -1):
-        block = table[j]
-        if not resumed and content_hash(s, r, j, size) == PRIVATE:
-            if not preempted:
-                _append(engine, block)
-                engine.free_blocks += 1
-                continue
-            insert_block(engine, own_hash(s, r, j, size), block)
-            block_at(engine.blocks_at, block).refs = 1
-        record = block_at(engine.blocks_at, block)
+    findable = min(full, request.findable)
+    engine.unhashed += count - full
+    engine.free_blocks += count - full
+    table = block_table(engine, request.row)
+    if preempted:
+        for j in range(full - 1, findable - 1, -1):
+            table[j] = insert_block(engine, own_hash(s, r, j, size))
+        findable = full
+    _append_private(engine, full - findable)
+    for j in range(findable - 1, -1, -1):
+        record = block_at(engine.blocks_at, table[j])
         record.refs -= 1
         if record.refs == 0:
-            _append(engine, block | PUBLIC)
+            _append(engine, table[j] | PUBLIC)
             engine.free_blocks += 1
-    ints(engine.rows_at)[engine.rows_free] = row
+    ints(engine.rows_at)[engine.rows_free] = request.row
     engine.rows_free += 1
+    engine.findable -= request.findable > 0
     request.row = NONE

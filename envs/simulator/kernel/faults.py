@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from servegym.envs.simulator.kernel.arrivals import push_later
-from servegym.envs.simulator.kernel.blocks import clear_cache, in_flight, reset_pool
+from servegym.envs.simulator.kernel.blocks import in_flight, reset_pool
 from servegym.envs.simulator.kernel.dispatch import rescue
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import engine_at, floats, ints, longs, request_at
@@ -111,7 +111,6 @@ def kill(cluster: Any, e: int, now: float) -> None:
     engine.activity = IDLE
     floats(s.event_s_at)[e] = math.inf
     engine.alive = engine.accepting = engine.reporting = engine.hung = 0
-    clear_cache(engine)
     if s.indexing:
         forget_engine(s, e)
     forget_served(s, engine)

@@ -70,6 +70,7 @@ REQUEST = np.dtype(
         ("generated", "i4"),  # while not decoding
         ("computed", "i4"),  # while not decoding: tokens whose KV is computed
         ("row", "i4"),  # row of the block table, with prefix caching
+        ("findable", "i4"),  # while running: leading blocks that belong into the prefix cache
         ("link", "i4"),  # next in a queue, or next sibling in a heap
         ("heap_child", "i4"),
         ("status", "i4"),
@@ -172,14 +173,17 @@ ENGINE = np.dtype(
         ("starved", "i8"),  # the running step leaves out decoding requests
         ("drained", "i8"),  # lockstep: nothing was scheduled ahead, so that the rank runs a dummy batch
         # Prefix caching only.
-        ("blocks_at", "i8"),  # BLOCK (B,)
-        ("untouched", "i8"),  # the first block that was never used; free, as are all above it
-        ("front_at", "i8"),  # i4 (B,) stack of free blocks without hash, used before all others
-        ("front_count", "i8"),
-        ("free_at", "i8"),  # i4 (free_mask + 1,) ring of free hashed blocks in order of reuse
+        ("blocks_at", "i8"),  # BLOCK (B,) by number
+        ("numbered", "i8"),  # numbers that were ever given
+        ("returned", "i8"),  # of them, those that no block has now
+        ("returned_at", "i8"),  # i4 (B,) stack of them
+        ("unhashed", "i8"),  # free blocks without hash, used before all others
+        ("free_at", "i8"),  # i4 (free_mask + 1,) ring of free hashed blocks in order of reuse, see blocks.py
         ("free_mask", "i8"),
         ("free_head", "i8"),
         ("free_entries", "i8"),  # holes included
+        ("findable", "i8"),  # running requests that have, or will have, blocks in the hash table
+        ("table_used", "i8"),  # the hash table is initialised, and may hold blocks
         ("table_mask", "i8"),  # H - 1
         ("table_keys_at", "i8"),  # i8 (H,) hash table, open addressing
         ("table_blocks_at", "i8"),  # i4 (H,)

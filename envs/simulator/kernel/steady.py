@@ -7,7 +7,7 @@ first.
 
 from __future__ import annotations
 
-from servegym.envs.simulator.kernel.blocks import grow
+from servegym.envs.simulator.kernel.blocks import grow, take_blocks
 from servegym.envs.simulator.kernel.jit import jit
 from servegym.envs.simulator.kernel.memory import floats, ints, longs, request_at
 from servegym.envs.simulator.kernel.progress import (
@@ -62,6 +62,8 @@ def schedule_steady(s: State, engine: Engine, threshold: int) -> int:
         return -1
     if not engine.prefix_caching:
         engine.free_blocks -= ints(engine.phases_at)[starting]
+    elif engine.findable == 0 and not engine.ahead:
+        take_blocks(engine, ints(engine.phases_at)[starting])
     elif ints(engine.phases_at)[starting] + ints(engine.phases_at)[filling] > 0:
         for i in range(decoding):
             phase = ints(engine.phase_of_at)[i]
