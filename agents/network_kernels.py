@@ -49,8 +49,7 @@ def choice_logits(
         head: w, shape (width,), of ``logit_i = w . s_i + v . x_i``.
         prior: v, shape (features,).
     """
-    logits: Tensor = _Choice.apply(items, context, mask, *encoder, *hidden, pooled, head, prior)  # type: ignore[no-untyped-call]
-    return logits
+    return _evaluate(_Choice, items, context, mask, *encoder, *hidden, pooled, head, prior)
 
 
 def state_summary(
@@ -69,8 +68,21 @@ def state_summary(
         encoder: see there.
         summary: K, shape (width, 2 width + context features), and k, shape (width,).
     """
-    latent: Tensor = _Summary.apply(items, context, mask, *encoder, *summary)  # type: ignore[no-untyped-call]
-    return latent
+    return _evaluate(_Summary, items, context, mask, *encoder, *summary)
+
+
+def _evaluate(function: Any, *arguments: Tensor | None) -> Tensor:
+    # Without a gradient: what torch does around the call takes as long as the call with the batches of a rollout.
+    result: Tensor = function.apply(*arguments) if torch.is_grad_enabled() else function.forward(_Forgetful, *arguments)
+    return result
+
+
+class _Forgetful:
+    """In place of a function's context, where nothing asks for a gradient."""
+
+    @staticmethod
+    def save_for_backward(*tensors: Tensor) -> None:
+        pass
 
 
 class _Choice(torch.autograd.Function):
@@ -181,7 +193,7 @@ def _encoder_gradient(
     d_pooled = torch.zeros_like(pooled) if d_pooled is None else d_pooled
     d_embedded = _like(hidden) if d_hidden is None else d_hidden
     d_shared = hidden.new_empty((len(hidden), hidden.shape[-1]))
-    _embed_and_pool_gradient(*_arrays(mask, hidden, pooled, d_pooled, d_embedded, d_shared), d_hidden is not None)
+    _embed_and_pool_gradient(d_hidden is not None, *_arrays(mask, hidden, pooled, d_pooled, d_embedded, d_shared))
     # This way round MKL takes two thirds of the time that the product of the transposed ones takes.
     return (_rows(items).t() @ _rows(d_embedded)).t(), d_shared.t() @ context, d_shared.sum(0)
 
@@ -233,9 +245,9 @@ def _embed_and_pool(hidden: Any, shared: Any, mask: Any, pooled: Any) -> None:
 
 @_jit
 def _embed_and_pool_gradient(
-    mask: Any, hidden: Any, pooled: Any, d_pooled: Any, d_embedded: Any, d_shared: Any, has_own: bool
+    has_own: bool, mask: Any, hidden: Any, pooled: Any, d_pooled: Any, d_embedded: Any, d_shared: Any
 ) -> None:
-    """Make ``d_embedded`` the gradient before the rectifier, in place of that of ``hidden``, if it has one of its own."""
+    """Make ``d_embedded`` the gradient before the rectifier; if ``has_own``, it holds that of the embeddings."""
     batch, count, width = hidden.shape
     of_largest = np.empty(width, dtype=np.float32)
     for b in range(batch):

@@ -19,7 +19,9 @@ class _WithoutMonitor:
 
 
 class _MaskablePPO(_WithoutMonitor, MaskablePPO):
-    pass
+    def collect_rollouts(self, env: Any, callback: Any, buffer: Any, steps: int, use_masking: bool = True) -> bool:
+        """Collect without masks beside those of the observations, which the network heeds itself."""
+        return super().collect_rollouts(env, callback, buffer, steps, use_masking=False)
 
 
 class _PPO(_WithoutMonitor, PPO):

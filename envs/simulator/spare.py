@@ -1,4 +1,4 @@
-"""Large blocks of memory of runs that are gone, for the next ones: fresh pages cost more than an episode's simulation."""
+"""Memory of runs that are gone, for the next ones: fresh pages cost more than the simulation of an episode."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def findable_blocks(s: State, r: int, block_size: int) -> int:
     request = request_at(s.requests_at, r)
     if request.preemptions > 0 or request.shared_stream:
         return ALL
-    tokens = np.int64(request.template_tokens)
+    tokens = int(request.template_tokens)
     if s.prefix_block_tokens > 0:
         given = longs(s.prefix_start_at)[r + 1] - longs(s.prefix_start_at)[r]
         tokens = max(tokens, given * s.prefix_block_tokens)

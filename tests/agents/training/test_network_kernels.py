@@ -1,4 +1,4 @@
-"""The network's compiled passes against the same in plain torch, with the gradients; its distribution, too."""
+"""The network's functions against the same in plain torch, with the gradients; its distribution, too."""
 
 from __future__ import annotations
 
@@ -7,49 +7,100 @@ import torch
 from sb3_contrib.common.maskable.distributions import MaskableCategorical
 from torch import Tensor
 
-from servegym.agents.network_kernels import embed_and_pool, score
+from servegym.agents.network_kernels import MASKED_LOGIT, choice_logits, state_summary
 from servegym.agents.networks import UncheckedCategorical
 
+BATCH, WIDTH, FEATURES, SHARED = 40, 6, 5, 3
 
-def plain_embed_and_pool(candidates: Tensor, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    hidden = torch.relu(candidates + context.unsqueeze(-2)) * mask.unsqueeze(-1)
+
+def plain_encode(items: Tensor, context: Tensor, mask: Tensor, encoder: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    own, shared, bias = encoder
+    hidden = torch.relu(items @ own.T + (context @ shared.T + bias).unsqueeze(-2)) * mask.unsqueeze(-1)
     mean = hidden.sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1.0)
-    return hidden, torch.stack([mean, hidden.amax(-2)], dim=1)
+    return hidden, torch.cat([mean, hidden.amax(-2)], dim=-1)
 
 
-def drawn(batch: int, count: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def plain_logits(
+    items: Tensor,
+    context: Tensor,
+    mask: Tensor,
+    encoder: tuple[Tensor, ...],
+    hidden: tuple[Tensor, ...],
+    pooled: Tensor | None,
+    head: Tensor,
+    prior: Tensor,
+) -> Tensor:
+    embedded, summary = plain_encode(items, context, mask, encoder)
+    shared = hidden[1] if pooled is None else (summary @ pooled.T + hidden[1]).unsqueeze(-2)
+    logits = torch.relu(embedded @ hidden[0].T + shared) @ head + items @ prior
+    return torch.where(mask > 0, logits, MASKED_LOGIT)
+
+
+def plain_summary(
+    items: Tensor, context: Tensor, mask: Tensor, encoder: tuple[Tensor, ...], summary: tuple[Tensor, ...]
+) -> Tensor:
+    _, pooled = plain_encode(items, context, mask, encoder)
+    return torch.relu(torch.cat([pooled, context], dim=-1) @ summary[0].T + summary[1])
+
+
+def drawn_states(count: int) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    candidates = torch.randn(batch, count, width)
-    candidates[: batch // 2, 1] = candidates[: batch // 2, 0]  # equal candidates share the gradient of the maximum
-    mask = (torch.rand(batch, count) < 0.7).float()
+    items = torch.randn(BATCH, count, FEATURES)
+    items[: BATCH // 2, 1] = items[: BATCH // 2, 0]  # equal candidates share the gradient of the maximum
+    mask = (torch.rand(BATCH, count) < 0.7).float()
     mask[0] = 0.0
-    return candidates.requires_grad_(), torch.randn(batch, width, requires_grad=True), mask
+    return items, torch.randn(BATCH, SHARED), mask
+
+
+def weights(*shape: int) -> Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def drawn_encoder() -> tuple[Tensor, Tensor, Tensor]:
+    return weights(WIDTH, FEATURES), weights(WIDTH, SHARED), weights(WIDTH)
+
+
+def assert_equal_with_gradients(found: Tensor, expected: Tensor, *inputs: Tensor) -> None:
+    torch.testing.assert_close(found, expected)
+    above = torch.randn(found.shape)
+    pairs = [torch.autograd.grad(answer, inputs, above) for answer in (found, expected)]
+    for one, other in zip(*pairs, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [2, 5])
-@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)], ids=["both", "embeddings", "pooled"])
-def test_embedding_and_pooling_are_those_of_plain_torch(count: int, used: tuple[int, ...]) -> None:
-    candidates, context, mask = drawn(40, count, 6)
-    above = [torch.randn(40, count, 6), torch.randn(40, 2, 6)]
-    answers = [function(candidates, context, mask) for function in (embed_and_pool, plain_embed_and_pool)]
-    for found, expected in zip(*answers, strict=True):
-        torch.testing.assert_close(found, expected)
-    gradients = [
-        torch.autograd.grad([answer[k] for k in used], (candidates, context), [above[k] for k in used])
-        for answer in answers
-    ]
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("pools", [True, False])
+def test_logits_are_those_of_plain_torch(count: int, pools: bool) -> None:
+    states, encoder = drawn_states(count), drawn_encoder()
+    hidden, head, prior = (weights(WIDTH, WIDTH), weights(WIDTH)), weights(WIDTH), weights(FEATURES)
+    pooled = weights(WIDTH, 2 * WIDTH) if pools else None
+    given = (*states, encoder, hidden, pooled, head, prior)
+    found, expected = (function(*given) for function in (choice_logits, plain_logits))
+    inputs = [*encoder, *hidden, head, prior] + ([] if pooled is None else [pooled])
+    assert_equal_with_gradients(found, expected, *inputs)
+    with torch.no_grad():
+        assert torch.equal(choice_logits(*given), found)
 
 
-def test_scores_are_those_of_plain_torch() -> None:
-    candidates, context, _ = drawn(40, 5, 6)
-    weights, above = torch.randn(6, requires_grad=True), torch.randn(40, 5)
-    answers = [score(candidates, context, weights), torch.relu(candidates + context.unsqueeze(-2)) @ weights]
-    torch.testing.assert_close(*answers)
-    gradients = [torch.autograd.grad(answer, (candidates, context, weights), above) for answer in answers]
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_summary_is_that_of_plain_torch(count: int) -> None:
+    states, encoder = drawn_states(count), drawn_encoder()
+    summary = weights(WIDTH, 2 * WIDTH + SHARED), weights(WIDTH)
+    found, expected = (function(*states, encoder, summary) for function in (state_summary, plain_summary))
+    assert_equal_with_gradients(found, expected, *encoder, *summary)
+    with torch.no_grad():
+        assert torch.equal(state_summary(*states, encoder, summary), found)
+
+
+def test_features_may_be_a_part_of_what_is_observed() -> None:
+    (items, context, mask), encoder = drawn_states(3), drawn_encoder()
+    summary = weights(WIDTH, 2 * WIDTH + SHARED), weights(WIDTH)
+    wide = torch.cat([items, torch.randn(BATCH, 3, 2)], dim=-1)
+    part = wide[..., :FEATURES]
+    assert not part.is_contiguous()
+    found, expected = (state_summary(features, context, mask, encoder, summary) for features in (part, items))
+    assert torch.equal(found, expected)
 
 
 def test_a_distribution_is_that_of_sb3_contrib_and_draws_the_same_actions() -> None:
