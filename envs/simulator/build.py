@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +25,10 @@ from servegym.baselines.interface import (
 )
 from servegym.envs.profiles.profile import EngineLimits
 from servegym.envs.simulator.config import EngineSpec, RouterConfig, Telemetry
+from servegym.envs.simulator.engine_layout import EngineLayout, engine_layout
 from servegym.envs.simulator.experts.model import ExpertModel
 from servegym.envs.simulator.kernel.blocks import reset_pools
-from servegym.envs.simulator.kernel.state import (
-    BLOCK,
-    CLUSTER,
-    NONE,
-    TELEMETRY,
-)
+from servegym.envs.simulator.kernel.state import CLUSTER, NONE, TELEMETRY
 from servegym.envs.simulator.policy_forms import PolicyForms
 from servegym.envs.simulator.records import (
     check_fit,
@@ -46,8 +41,6 @@ from servegym.envs.simulator.records import (
 )
 from servegym.envs.simulator.spare import block
 from servegym.envs.workloads.table import RequestTable
-
-_CACHE_LINE = 64
 
 
 class Memory:
@@ -102,7 +95,7 @@ class Memory:
         if lockstep:
             check_ranks(engines)
         self._owned: list[npt.NDArray[Any]] = []
-        self._engine_memory: list[tuple[npt.NDArray[np.uint8], _Layout]] = []
+        self._engine_memory: list[tuple[npt.NDArray[np.uint8], EngineLayout]] = []
         users, user = dense(table.user)
         sessions, session = dense(table.session)
         _, template = dense(table.template)
@@ -225,7 +218,7 @@ class Memory:
 
     def _lay_out_engine(self, record: Any, limits: EngineLimits, longest: int, served_users: int | None) -> None:
         row_length = longest // limits.block_size + 1 if limits.enable_prefix_caching else 0
-        layout = _engine_layout(
+        layout = engine_layout(
             limits.max_num_seqs,
             limits.num_blocks,
             limits.block_size,
@@ -243,58 +236,6 @@ class Memory:
         for name, place in layout.places.items():
             record[f"{name}_at"] = address + place.offset
         self._engine_memory.append((memory, layout))
-
-
-class _Place(NamedTuple):
-    """Where an array lies in an engine's memory."""
-
-    offset: int
-    length: int
-    dtype: np.dtype[Any]
-
-    def of(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-        return memory[self.offset : self.offset + self.length * self.dtype.itemsize].view(self.dtype)
-
-
-class _Layout(NamedTuple):
-    """The arrays of an engine, by the name of the field with their address less ``_at``.
-
-    Attributes:
-        places: of each array.
-        zeros: those that begin as zeros; the others are written before they are read.
-        size: of all, bytes.
-    """
-
-    places: dict[str, _Place]
-    zeros: tuple[str, ...]
-    size: int
-
-
-@lru_cache(maxsize=256)
-def _engine_layout(
-    seqs: int, blocks: int, block_size: int, row_length: int, ahead: bool, served_users: int | None
-) -> _Layout:
-    zeros: dict[str, tuple[int, npt.DTypeLike]] = {"phases": (block_size, np.int32)}
-    if served_users is not None:
-        zeros |= {"served": (served_users + 1, np.float64), "queued": (served_users + 1, np.int32)}
-    shapes: dict[str, tuple[int, npt.DTypeLike]] = {
-        name: (seqs, np.int32) for name in ("running", "scheduled", "preempted", "phase_of", "rows")
-    }
-    shapes["end_of"] = (seqs, np.int64)
-    if ahead:
-        shapes |= {name: (seqs, np.int32) for name in ("firsts", "leaving", "leaving_place")}
-    if row_length:
-        # Twice the blocks, at least: a table at most half full keeps probe sequences short.
-        slots = 1 << (2 * blocks).bit_length()
-        shapes |= {"blocks": (blocks, BLOCK), "returned": (blocks, np.int32), "free": (slots, np.int32)}
-        shapes |= {"table_keys": (slots, np.int64), "table_blocks": (slots, np.int32)}
-        shapes["block_tables"] = (seqs * row_length, np.int32)
-    places, size = {}, 0
-    for name, (length, kind) in (zeros | shapes).items():
-        dtype = np.dtype(kind)
-        places[name] = _Place(size, length, dtype)
-        size += -(-length * dtype.itemsize // _CACHE_LINE) * _CACHE_LINE
-    return _Layout(places, tuple(zeros), size)
 
 
 def _first_view(records: npt.NDArray[Any]) -> FloatArray:
