@@ -122,7 +122,7 @@ class EpisodeVecEnv(DummyVecEnv):
     def reset(self) -> Observation:
         """Start the first episode of every environment."""
         for i in range(self.num_envs):
-            self._save_obs(i, self._start(i, 0))
+            self._start(i, 0)
         return self._observation()
 
     def step_wait(self) -> tuple[Observation, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:
@@ -145,7 +145,7 @@ class EpisodeVecEnv(DummyVecEnv):
         self.buf_rews[:] = rewards
         self._courses.add(self.actions, rewards)
         for i, info in finished:
-            self._save_obs(i, self._next(i, info))
+            self._next(i, info)
         return self._observation(), self.buf_rews.copy(), self.buf_dones.copy(), outcomes
 
     def _step_lanes(
@@ -183,7 +183,8 @@ class EpisodeVecEnv(DummyVecEnv):
             InputError: an episode takes another course; the environment is not the one that the positions are from.
         """
         for i, (index, actions) in enumerate(positions):
-            observation, gained = self._start(i, index), 0.0
+            self._start(i, index)
+            gained = 0.0
             for action in actions:
                 try:
                     observation, reward, terminated, truncated, info = self.envs[i].step(action)
@@ -197,29 +198,28 @@ class EpisodeVecEnv(DummyVecEnv):
                         "checkpoint", place, "does not replay; was it made by another version of servegym?"
                     )
             self._courses.restore(i, index, actions, gained)
-            if self._lanes is not None:
+            if self._lanes is not None and actions:
                 self._lanes.moved(i, observation)
-            else:
+            elif actions:
                 self._save_obs(i, observation)
         return self._observation()
 
-    def _start(self, i: int, index: int) -> Observation:
+    def _start(self, i: int, index: int) -> None:
         self._courses.start(i, index)
         source = np.random.SeedSequence(self._run_seed, spawn_key=(i // self._group, index))
         seed = int(source.generate_state(1)[0])
-        observation: Observation
         if self._lanes is not None:
             self.reset_infos[i] = self._lanes.start(i, seed=seed)
-            return {key: values[i] for key, values in self._lanes.observation.items()}
-        observation, self.reset_infos[i] = self.envs[i].reset(seed=seed)
-        return observation
+        else:
+            observation, self.reset_infos[i] = self.envs[i].reset(seed=seed)
+            self._save_obs(i, observation)
 
-    def _next(self, i: int, info: Mapping[str, Any]) -> Observation:
+    def _next(self, i: int, info: Mapping[str, Any]) -> None:
         """Keep what an episode came to, and start the environment's next one."""
         metrics, reference = info.get("metrics", {}), info.get("reference_metrics", {})
         courses = self._courses
         self.finished.append(FinishedEpisode(float(courses.reward[i]), courses.length(i), metrics, reference))
-        return self._start(i, int(courses.index[i]) + 1)
+        self._start(i, int(courses.index[i]) + 1)
 
     def _observation(self) -> Observation:
         return {key: values.copy() for key, values in self.buf_obs.items()}
