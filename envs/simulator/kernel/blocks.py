@@ -25,6 +25,7 @@ PRIVATE = 0  # instead of a hash: the content is no other request's
 PUBLIC = 1 << 30  # flag of an entry of the ring: a block of the hash table; without it, how many private ones
 HOLE = -1
 ALL = 1 << 30
+_SLOT_SHIFT = 7  # bits of a hash from which its slot follows
 
 
 @jit
@@ -40,6 +41,12 @@ def mix(a: int, b: int) -> int:
 
 
 @jit
+def _block_hash(content: int, block: int) -> int:
+    """Hash of a block whose content a number and its place determine; neighbours are neighbours in the hash table."""
+    return (mix(content, block >> 3) & ~(7 << _SLOT_SHIFT)) | ((block & 7) << _SLOT_SHIFT)
+
+
+@jit
 def content_hash(s: State, r: int, block: int, block_size: int) -> int:
     """Hash of a full block of a request, equal for two requests iff their tokens up to its end are equal.
 
@@ -48,14 +55,14 @@ def content_hash(s: State, r: int, block: int, block_size: int) -> int:
     request = request_at(s.requests_at, r)
     end = (block + 1) * block_size
     if end <= request.template_tokens:
-        return mix(request.template * 2 + 1, block)
+        return _block_hash(request.template * 2 + 1, block)
     granularity = s.prefix_block_tokens
     if granularity > 0:
         index = longs(s.prefix_start_at)[r] + (end - 1) // granularity
         if index < longs(s.prefix_start_at)[r + 1]:
-            return mix(longs(s.prefix_ids_at)[index], block)
+            return _block_hash(longs(s.prefix_ids_at)[index], block)
     if request.shared_stream:
-        return mix(~request.stream, block)
+        return _block_hash(~request.stream, block)
     return PRIVATE
 
 
@@ -63,7 +70,7 @@ def content_hash(s: State, r: int, block: int, block_size: int) -> int:
 def own_hash(s: State, r: int, block: int, block_size: int) -> int:
     """Hash under which a preempted request finds a block of its own again."""
     value = content_hash(s, r, block, block_size)
-    return mix(~r, ~block) if value == PRIVATE else value
+    return _block_hash(~r, ~block) if value == PRIVATE else value
 
 
 @jit
@@ -84,7 +91,7 @@ def findable_blocks(s: State, r: int, block_size: int) -> int:
 def _slot(engine: Engine, key: int) -> int:
     """Slot that holds ``key``, or the empty slot where it would go."""
     mask = engine.table_mask
-    i = np.int64(key >> 7) & mask
+    i = np.int64(key >> _SLOT_SHIFT) & mask
     while longs(engine.table_keys_at)[i] != 0 and longs(engine.table_keys_at)[i] != key:
         i = (i + 1) & mask
     return i
@@ -156,7 +163,7 @@ def remove_block(engine: Engine, block: int) -> None:
         moved = longs(engine.table_keys_at)[j]
         if moved == 0:
             break
-        home = np.int64(moved >> 7) & mask
+        home = np.int64(moved >> _SLOT_SHIFT) & mask
         if ((j - home) & mask) >= ((j - hole) & mask):
             longs(engine.table_keys_at)[hole] = moved
             ints(engine.table_blocks_at)[hole] = ints(engine.table_blocks_at)[j]
