@@ -41,8 +41,8 @@ def choice_logits(
         items: features of the candidates, shape (batch, candidates, features).
         context: features of what they share, shape (batch, context features).
         mask: 1.0 where a candidate may be chosen, else 0.0, shape (batch, candidates).
-        encoder: E, shape (width, features), G, shape (width, context features), and b, shape (width,), of
-            ``h_i = relu(E x_i + G g + b)``.
+        encoder: E, shape (width, features), R, shape (width, context features), and b, shape (width,), of
+            ``h_i = relu(E x_i + R g + b)``.
         hidden: S, shape (width, width), and c, shape (width,), of ``s_i = relu(S h_i + P p + c)``, where p is the mean
             and the maximum of h over the candidates that may be chosen.
         pooled: P, shape (width, 2 width); None leaves p out.
@@ -189,7 +189,7 @@ def _encoder_gradient(
     d_hidden: Tensor | None,
     d_pooled: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of E, G and b."""
+    """Return the gradients of E, R and b."""
     d_pooled = torch.zeros_like(pooled) if d_pooled is None else d_pooled
     d_embedded = _like(hidden) if d_hidden is None else d_hidden
     d_shared = hidden.new_empty((len(hidden), hidden.shape[-1]))

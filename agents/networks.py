@@ -46,7 +46,7 @@ class Encoder(nn.Module):
         self.context = nn.Linear(len(decisions.context), width, bias=False)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return E, G and b."""
+        """Return E, R and b."""
         return self.item.weight, self.context.weight, self.item.bias
 
 
