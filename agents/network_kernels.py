@@ -87,22 +87,9 @@ class _Forgetful:
 
 class _Choice(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        items: Tensor,
-        context: Tensor,
-        mask: Tensor,
-        item_weight: Tensor,
-        context_weight: Tensor,
-        item_bias: Tensor,
-        hidden_weight: Tensor,
-        hidden_bias: Tensor,
-        pooled_weight: Tensor | None,
-        head: Tensor,
-        prior: Tensor,
-    ) -> Tensor:
-        items = items.contiguous()
-        hidden, pooled = _encode(items, context, mask, item_weight, context_weight, item_bias)
+    def forward(ctx: Any, items: Tensor, context: Tensor, mask: Tensor, *weights: Any) -> Tensor:
+        *encoder, hidden_weight, hidden_bias, pooled_weight, head, prior = weights
+        items, hidden, pooled = _encode(items, context, mask, *encoder)
         second = (_rows(hidden) @ hidden_weight.t()).view_as(hidden)
         if pooled_weight is None:
             shared = hidden_bias.expand(len(items), -1).contiguous()
@@ -140,19 +127,9 @@ class _Choice(torch.autograd.Function):
 
 class _Summary(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        items: Tensor,
-        context: Tensor,
-        mask: Tensor,
-        item_weight: Tensor,
-        context_weight: Tensor,
-        item_bias: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-    ) -> Tensor:
-        items = items.contiguous()
-        hidden, pooled = _encode(items, context, mask, item_weight, context_weight, item_bias)
+    def forward(ctx: Any, items: Tensor, context: Tensor, mask: Tensor, *weights: Tensor) -> Tensor:
+        *encoder, weight, bias = weights
+        items, hidden, pooled = _encode(items, context, mask, *encoder)
         known = torch.cat([pooled.flatten(1), context], dim=1)
         latent = torch.addmm(bias, known, weight.t()).relu_()
         ctx.save_for_backward(items, context, mask, hidden, pooled, known, latent, weight)
@@ -170,14 +147,15 @@ class _Summary(torch.autograd.Function):
 
 def _encode(
     items: Tensor, context: Tensor, mask: Tensor, item_weight: Tensor, context_weight: Tensor, item_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return h, shape (batch, candidates, width), and its mean and maximum, shape (batch, 2, width)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the items, contiguous; h, shape (batch, candidates, width); its mean and maximum, (batch, 2, width)."""
+    items = items.contiguous()
     hidden = (_rows(items) @ item_weight.t()).view(*items.shape[:2], -1)
     # The bias goes to the context, which has fewer rows than there are candidates.
     shared = torch.addmm(item_bias, context, context_weight.t())
     pooled = hidden.new_empty((len(hidden), 2, hidden.shape[-1]))
     _embed_and_pool(*_arrays(hidden, shared, mask, pooled))
-    return hidden, pooled
+    return items, hidden, pooled
 
 
 def _encoder_gradient(
