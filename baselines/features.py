@@ -43,9 +43,11 @@ from servegym.baselines.interface import (
     E_USER_HOME,
     E_WAITING,
     R_DEADLINE_S,
+    R_LAST_ENGINE,
     R_NOW_S,
     R_PRIORITY,
     R_PROMPT_TOKENS,
+    R_RECEIVED_TOKENS,
     R_TURN,
     EngineViews,
     FloatArray,
@@ -97,11 +99,11 @@ ENGINE_FEATURES: tuple[Feature, ...] = (
     Feature("relative_prefill_work", "log_prefill_work minus its minimum over available engines"),
     Feature("relative_batch", "log_batch minus its minimum over available engines"),
     Feature("relative_kv_usage", "kv_usage minus its minimum over available engines", high=1.0),
-    Feature("size_above", "ln(prompt / mean prompt without first token there) x queueing, 0 if that is negative"),
-    Feature("size_below", "ln(mean prompt without first token there / prompt) x queueing, 0 if that is negative"),
-    Feature("size_work", "relative_prefill_work x ln(prompt / mean prompt in flight) x queueing", low=-math.inf),
-    Feature("queued_work", "relative_prefill_work x queueing"),
-    Feature("queued_batch", "relative_batch x queueing"),
+    Feature("prompt_above", "ln(prompt / mean prompt without first token there) x queueing, 0 if that is negative"),
+    Feature("prompt_below", "ln(mean prompt without first token there / prompt) x queueing, 0 if that is negative"),
+    Feature("prompt_work", "relative_prefill_work x ln(prompt / mean prompt in flight) x queueing", low=-math.inf),
+    Feature("queue_work", "relative_prefill_work x queueing"),
+    Feature("queue_batch", "relative_batch x queueing"),
     Feature("log_hit", "ln(1 + tokens believed cached there / 1,000)"),
     Feature("index_share", "tokens believed cached there, of all prompts / KV capacity"),
     Feature(
@@ -112,8 +114,21 @@ ENGINE_FEATURES: tuple[Feature, ...] = (
     ),
     Feature("log_uncached_work", "ln of the tokens ahead and of this request believed not cached, in 1,000", low=-7.0),
     Feature("log_expected_ttft", "ln of the rest of the running prefill and all that follows, in 0.1 s", low=-math.inf),
+    Feature("crowded_work", "10 relative_prefill_work x crowding"),
+    Feature("crowded_batch", "relative_batch x crowding"),
+    Feature("crowded_step", "decode_step x crowding", low=-math.inf),
+    Feature(
+        "resumed",
+        "1 at the engine that took the last request, for one that lost its own after its first token",
+        high=1.0,
+    ),
 )
-"""Of an engine. New ones come last and none changes its meaning: bundles name those that they were trained with."""
+"""Of an engine. New ones come last and none changes its meaning: bundles name those that they were trained with.
+
+*Crowding* says how full the fullest engine is: 0 where 70 % of its ``max_num_seqs`` decode, 1 from 90 % on. Then
+requests wait for a slot in the batch and no longer for prefill. *Queueing* is ``D / (1 + D) x (1 - crowding)`` for
+``D`` the mean seconds of outstanding prefill of an engine: sizes are kept apart while it is prefill that waits.
+"""
 
 REQUEST_FEATURES: tuple[Feature, ...] = (
     Feature("log_prompt", "ln of the prompt length in 1,000 tokens", low=-7.0),
@@ -130,6 +145,7 @@ ENGINE_FEATURE_NAMES = tuple(feature.name for feature in ENGINE_FEATURES)
 REQUEST_FEATURE_NAMES = tuple(feature.name for feature in REQUEST_FEATURES)
 _LARGEST_PRESSURE = math.e  # beyond it, a rank is as loaded as any; the inverse bounds idle ones
 _LARGEST_SIZE = 2.0  # beyond it, a prompt is as large as any: the rarest ones must not outweigh all else
+_CROWDED_FROM, _CROWDED_TO = 0.7, 0.9  # shares of max_num_seqs
 _RELATIVE_TO = ((18, 0), (19, 1), (20, 7))  # relative feature -> the feature whose minimum it is relative to
 
 
@@ -167,7 +183,7 @@ def fill_dispatch_features(
     prompt = request[R_PROMPT_TOKENS]
     engine_features[:, :] = 0.0
     count, sum_batch, sum_queue, sum_kv = 0, 0.0, 0.0, 0.0
-    sum_delay, sum_prompts, sum_inflight = 0.0, prompt, 1.0
+    sum_delay, sum_prompts, sum_inflight, fullest = 0.0, prompt, 1.0, 0.0
     for i in range(engines.shape[0]):
         engine = engines[i]
         if engine[E_AVAILABLE] <= 0.0:
@@ -203,6 +219,8 @@ def fill_dispatch_features(
         out[28] = 10.0 * math.log(pressure)
         out[29] = math.log((engine[E_UNCACHED_TOKENS] + prompt - hit) * 1e-3)
         out[30] = math.log(10.0 * _expected_ttft_s(request, engine, prompt - hit))
+        decoding = engine[E_INFLIGHT] - engine[E_PREFILL_REQUESTS]
+        fullest = max(fullest, decoding / engine[E_MAX_NUM_SEQS])
         sum_delay += engine[E_PREFILL_TOKENS] / engine[E_PREFILL_TOKENS_PER_S]
         sum_prompts += engine[E_INFLIGHT_PROMPT_TOKENS]
         sum_inflight += engine[E_INFLIGHT]
@@ -219,7 +237,8 @@ def fill_dispatch_features(
             if engines[i, E_AVAILABLE] > 0.0:
                 engine_features[i, relative] = engine_features[i, base] - lowest
     present = max(count, 1)
-    queueing = sum_delay / (present + sum_delay)
+    crowding = min(max((fullest - _CROWDED_FROM) / (_CROWDED_TO - _CROWDED_FROM), 0.0), 1.0)
+    queueing = sum_delay / (present + sum_delay) * (1.0 - crowding)
     size = min(max(math.log(prompt * sum_inflight / sum_prompts), -_LARGEST_SIZE), _LARGEST_SIZE)
     for i in range(engines.shape[0]):
         out = engine_features[i]
@@ -228,6 +247,12 @@ def fill_dispatch_features(
         out[23] = out[18] * size * queueing
         out[24] = out[18] * queueing
         out[25] = out[19] * queueing
+        out[31] = 10.0 * out[18] * crowding
+        out[32] = out[19] * crowding
+        out[33] = out[17] * crowding
+    last = int(request[R_LAST_ENGINE])
+    if request[R_RECEIVED_TOKENS] > 0.0 and last >= 0 and engines[last, E_AVAILABLE] > 0.0:
+        engine_features[last, 34] = 1.0
     request_features[0] = math.log(prompt * 1e-3)
     request_features[1] = 1.0 / (1.0 + request[R_DEADLINE_S])
     request_features[2] = math.tanh(request[R_PRIORITY] * 0.1)

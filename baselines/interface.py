@@ -95,7 +95,8 @@ R_LAST_ENGINE = 9
 R_UNIFORM_0 = 10
 R_UNIFORM_1 = 11
 R_PREFIX_KEY = 12
-REQUEST_COLUMNS = 13
+R_RECEIVED_TOKENS = 13
+REQUEST_COLUMNS = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ class RequestView:
             randomness of runs that compare policies.
         prefix_key: hash of the first blocks of the prompt, equal for requests that begin alike, from 1 to 2^52; 0 where
             the router knows of no other request that could.
+        received_tokens: output tokens that its client has already, of a request that lost its engine.
     """
 
     index: int
@@ -132,6 +134,7 @@ class RequestView:
     last_engine: int = -1
     uniforms: tuple[float, float] = (0.0, 0.0)
     prefix_key: int = 0
+    received_tokens: int = 0
 
     def row(self) -> FloatArray:
         """Return the ``R_*`` entries as one float64 row, as compiled policies read them. Shape (REQUEST_COLUMNS,)."""
@@ -149,6 +152,7 @@ class RequestView:
                 self.last_engine,
                 *self.uniforms,
                 self.prefix_key,
+                self.received_tokens,
             ],
             dtype=np.float64,
         )

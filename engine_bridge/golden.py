@@ -56,6 +56,7 @@ def draw_dispatch(rng: np.random.Generator) -> tuple[i.FloatArray, i.FloatArray]
     request[i.R_DEADLINE_S] = rng.choice([0.5, 2.0, 1e9])
     request[i.R_TURN] = rng.integers(0, 3)
     request[i.R_LAST_ENGINE] = rng.integers(-1, count)
+    request[i.R_RECEIVED_TOKENS] = rng.integers(0, 3)
     return request, engines
 
 

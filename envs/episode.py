@@ -51,6 +51,9 @@ class EpisodeConfig(Config):
     episode_requests: Annotated[int, Field(ge=1)] = Field(
         default=1000, description="requests of an episode, but where a scenario's workload says how many"
     )
+    requests_grow: bool = Field(
+        default=False, description="that number is for the cluster's own engines, and grows with those that are drawn"
+    )
     random_end: bool = Field(default=False, description="geometric number of requests with that mean, a memoryless end")
     reward: RewardConfig = Field(default=RewardConfig(), description="weights of the parts of the reward")
 
@@ -92,8 +95,7 @@ class EpisodeConfig(Config):
     @property
     def largest_cluster(self) -> int:
         """Most engines of an episode."""
-        drawn = self.randomise.engines
-        return max(cluster.size if cluster.groups or not drawn else max(drawn) for cluster in self.clusters())
+        return max(max(self.randomise.sizes(cluster) or [cluster.size]) for cluster in self.clusters())
 
 
 class ServingEnv(gym.Env[Observation, ActionT], Generic[ActionT]):

@@ -26,7 +26,7 @@ class Randomisation(Config):
     """Draws per episode; without a field the cluster's or the workload's own value stays."""
 
     engines: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        default=(), description="numbers of engines to choose from"
+        default=(), description="numbers of engines to choose from; of groups those that keep their proportions"
     )
     slowdown: Sampled | None = Field(default=None, description="factor on step times, per engine: unequal hardware")
     step_time: Sampled | None = Field(default=None, description="factor on step times of the whole cluster")
@@ -39,11 +39,18 @@ class Randomisation(Config):
     prompt_scale: Sampled | None = Field(default=None, description="factor on the prompt tokens of all requests")
     output_scale: Sampled | None = Field(default=None, description="factor on the output tokens of all requests")
 
+    def sizes(self, cluster: ClusterConfig) -> list[int]:
+        """Return the numbers of engines that a cluster may get; empty where it keeps its own."""
+        return [size for size in self.engines if cluster.resized(size) is not None]
+
     def draw(self, cluster: ClusterConfig, rng: np.random.Generator) -> ClusterConfig:
         """Return the cluster of one episode."""
         changes: dict[str, object] = {}
-        if self.engines:
-            changes["engines"] = int(rng.choice(self.engines))
+        sizes = self.sizes(cluster)
+        if sizes:
+            resized = cluster.resized(int(rng.choice(sizes)))
+            assert resized is not None
+            cluster = resized
         if self.telemetry_lag_s is not None:
             lag = float(rng.uniform(*self.telemetry_lag_s))
             changes["telemetry"] = Telemetry(period_s=cluster.telemetry.period_s, lag_s=lag)

@@ -73,6 +73,8 @@ class EpisodeSource:
         if load is None and config.load is not None:
             load = draw(config.load, rng)
         count = (source.choice.requests if config.scenarios else None) or config.episode_requests
+        if config.requests_grow:
+            count = count * cluster.size // base.size
         if config.random_end:
             count = int(rng.geometric(1.0 / count))
         if config.live is not None:

@@ -162,14 +162,8 @@ class EvaluationConfig(Config):
 
 
 def _resized(cluster: ClusterConfig, size: int, label: str) -> ClusterConfig:
-    if not cluster.groups:
-        return cluster.model_copy(update={"engines": size})
-    counts = [group.count * size for group in cluster.groups]
-    if any(count % cluster.size for count in counts):
+    resized = cluster.resized(size)
+    if resized is None:
         own = "+".join(str(group.count) for group in cluster.groups)
         raise InputError("", "sizes", f"got {size}; allowed for the groups of {label} ({own}): multiples of their sum")
-    groups = [
-        group.model_copy(update={"count": count // cluster.size})
-        for group, count in zip(cluster.groups, counts, strict=True)
-    ]
-    return cluster.model_copy(update={"groups": tuple(groups)})
+    return resized

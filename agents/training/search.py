@@ -51,6 +51,7 @@ class Search:
         self._parts = {layer: Part(config, layer) for layer in config.layers}
         self._phases = self._evolution.phases or (Phase(layers=(config.task.decisions.layer,)),)
         self._costs: list[list[float]] = []
+        self._decisions: list[int] = []
         self._steps = 0
         self._enter(0)
 
@@ -66,19 +67,13 @@ class Search:
             population_size=self._evolution.population,
         )
 
-    @property
-    def generation_steps(self) -> int:
-        """Decisions of a generation, those of the reference apart."""
-        requests = self._config.env.episode_requests
-        return int(self._optimizer.population_size) * self._evolution.episodes * requests
-
     def run(self, run: RunFolder, resumed: bool, show: bool) -> None:
         """Search to the end of the budget; what it finds is in the run folder."""
         config, best_objective = self._config, math.inf
         if resumed:
             state = checkpoint.read(run.newest_checkpoint())
             best_objective = state["best_objective"]
-            self._replay(state["costs"])
+            self._replay(state["costs"], state["decisions"])
             run.forget_after(self._steps)
             run.write_config(config.model_dump(mode="json"))
         best = BestPolicy(config, run, best_objective)
@@ -118,25 +113,26 @@ class Search:
         units = [(self._seed(k), k) for k in range(self._evolution.episodes)]
         played = self._play(self._config.env, units, [self._policies(candidate) for candidate in candidates])
         costs = [self._cost(episodes) for episodes in played]
-        self._told(candidates, costs)
+        self._told(candidates, costs, sum(episode.length for episodes in played for episode in episodes))
         scalars.generation(self._steps, candidates, costs)
 
-    def _told(self, candidates: list[FloatArray], costs: list[float]) -> None:
-        """Tell the optimizer what its candidates cost; at the end of a phase, begin the next."""
+    def _told(self, candidates: list[FloatArray], costs: list[float], decisions: int) -> None:
+        """Tell the optimizer what its candidates cost in so many decisions; at the end of a phase, begin the next."""
         self._optimizer.tell(list(zip(candidates, costs, strict=True)))
         self._costs.append(list(costs))
-        self._last = self.generation_steps
-        self._steps += self._last
+        self._decisions.append(decisions)
+        self._last = decisions
+        self._steps += decisions
         for part, vector in self._split(self._optimizer.mean).items():
             self._parts[part].vector = vector
         ends = [phase.steps for phase in self._phases[: self._phase + 1]]
         if ends[-1] is not None and self._steps >= sum(steps or 0 for steps in ends):
             self._enter(self._phase + 1)
 
-    def _replay(self, costs: list[list[float]]) -> None:
+    def _replay(self, costs: list[list[float]], decisions: list[int]) -> None:
         """Bring the optimizer to where it was: it asks the same questions and hears the same answers."""
-        for row in costs:
-            self._told([self._optimizer.ask() for _ in row], row)
+        for row, count in zip(costs, decisions, strict=True):
+            self._told([self._optimizer.ask() for _ in row], row, count)
 
     def _seed(self, episode: int) -> int:
         source = np.random.SeedSequence(self._config.seed, spawn_key=(len(self._costs), episode))
@@ -178,5 +174,10 @@ class Search:
         shown.say(f"{self._steps:,} steps: objective {means['objective']:.4f}, best {best.best_objective:.4f}")
 
     def _save(self, run: RunFolder, best: BestPolicy) -> None:
-        state = {"format": checkpoint.FORMAT, "best_objective": best.best_objective, "costs": self._costs}
+        state = {
+            "format": checkpoint.FORMAT,
+            "best_objective": best.best_objective,
+            "costs": self._costs,
+            "decisions": self._decisions,
+        }
         run.add_checkpoint(self._steps, lambda file: checkpoint.write(state, file))

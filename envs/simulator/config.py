@@ -144,6 +144,19 @@ class ClusterConfig(Config):
         own = {"count": self.engines} | {name: getattr(self, name) for name in ("profile", "engine", "step_factors")}
         return self.groups or (EngineGroup(**own),)
 
+    def resized(self, size: int) -> ClusterConfig | None:
+        """Return the cluster with so many engines, groups in their proportions; None where those do not allow it."""
+        if not self.groups:
+            return self.model_copy(update={"engines": size})
+        counts = [group.count * size for group in self.groups]
+        if any(count % self.size for count in counts):
+            return None
+        groups = [
+            group.model_copy(update={"count": count // self.size})
+            for group, count in zip(self.groups, counts, strict=True)
+        ]
+        return self.model_copy(update={"groups": tuple(groups)})
+
     def expand(self, source: str = "cluster") -> list[EngineSpec]:
         """Resolve profiles and overrides to one entry per engine.
 

@@ -20,7 +20,7 @@ from servegym.envs.simulator.kernel.queues import read_queue_of
 def request_view(memory: Memory) -> RequestView:
     """Return the request that needs an engine."""
     row = memory.request_row
-    now, arrival, prompt, priority, deadline, user, session, turn, index, last, *uniforms, key = row.tolist()
+    now, arrival, prompt, priority, deadline, user, session, turn, index, last, *uniforms, key, received = row.tolist()
     return RequestView(
         index=int(index),
         now_s=now,
@@ -34,6 +34,7 @@ def request_view(memory: Memory) -> RequestView:
         last_engine=int(last),
         uniforms=(uniforms[0], uniforms[1]),
         prefix_key=int(key),
+        received_tokens=int(received),
     )
 
 

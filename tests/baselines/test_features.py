@@ -31,6 +31,8 @@ from servegym.baselines.interface import (
     RequestView,
 )
 
+OF_QUEUES = ("prompt_above", "prompt_below", "prompt_work", "queue_work", "queue_batch")
+
 
 def _engines(count: int) -> FloatArray:
     rng = np.random.default_rng(0)
@@ -84,24 +86,56 @@ def test_sizes_are_compared_where_requests_queue() -> None:
     data[:, E_PREFILL_TOKENS_PER_S] = 300.0
     first, second = _named(data, 800)
     # A second of backlog on average: queueing 1/2.
-    assert first["size_above"] == pytest.approx(np.log(4.0) / 2, abs=1e-6)
-    assert (first["size_below"], second["size_above"], second["size_below"]) == (0.0, 0.0, 0.0)
-    assert _named(data, 50)[0]["size_below"] == pytest.approx(np.log(4.0) / 2, abs=1e-6)
+    assert first["prompt_above"] == pytest.approx(np.log(4.0) / 2, abs=1e-6)
+    assert (first["prompt_below"], second["prompt_above"], second["prompt_below"]) == (0.0, 0.0, 0.0)
+    assert _named(data, 50)[0]["prompt_below"] == pytest.approx(np.log(4.0) / 2, abs=1e-6)
     # The mean prompt is 4,000 / 8; work 1,400 against 800.
     work, size = np.log(1400 / 800), np.log(800 / 500)
-    assert first["queued_work"] == pytest.approx(work / 2, abs=1e-6)
-    assert first["size_work"] == pytest.approx(work * size / 2, abs=1e-6)
-    assert second["queued_batch"] == pytest.approx(np.log(5 / 4) / 2, abs=1e-6)
-    assert second["size_work"] == 0.0
+    assert first["queue_work"] == pytest.approx(work / 2, abs=1e-6)
+    assert first["prompt_work"] == pytest.approx(work * size / 2, abs=1e-6)
+    assert second["queue_batch"] == pytest.approx(np.log(5 / 4) / 2, abs=1e-6)
+    assert second["prompt_work"] == 0.0
     # Of rare sizes only the direction counts.
-    assert _named(data, 100_000)[0]["size_work"] == pytest.approx(np.log(100_600 / 100_000) * 2 / 2, abs=1e-6)
+    assert _named(data, 100_000)[0]["prompt_work"] == pytest.approx(np.log(100_600 / 100_000) * 2 / 2, abs=1e-6)
 
 
 def test_without_a_queue_sizes_count_for_nothing() -> None:
     data = _engines(3)
     data[:, [E_PREFILL_TOKENS, E_PREFILL_REQUESTS]] = 0.0
     for row in _named(data, 5_000):
-        assert {row[name] for name in ("size_above", "size_below", "size_work", "queued_work", "queued_batch")} == {0.0}
+        assert {row[name] for name in OF_QUEUES} == {0.0}
+
+
+def test_where_slots_run_out_sizes_fade_and_work_counts() -> None:
+    data = _engines(2)
+    data[:, E_MAX_NUM_SEQS] = 100.0
+    data[:, E_PREFILL_TOKENS_PER_S] = 300.0
+    data[:, E_PREFILL_REQUESTS] = 40.0, 30.0
+    data[:, E_INFLIGHT] = 110.0, 60.0  # 70 and 30 decode: many wait, none of them for a slot
+    calm = _named(data, 800)
+    data[0, E_INFLIGHT] = 115.0
+    quarter = _named(data, 800)
+    data[0, E_INFLIGHT] = 140.0
+    full = _named(data, 800)
+    for rows, crowding in ((calm, 0.0), (quarter, 0.25), (full, 1.0)):
+        for row in rows:
+            assert row["crowded_work"] == pytest.approx(10.0 * crowding * row["relative_prefill_work"], abs=1e-5)
+            assert row["crowded_batch"] == pytest.approx(crowding * row["relative_batch"], abs=1e-5)
+            assert row["crowded_step"] == pytest.approx(crowding * row["decode_step"], abs=1e-5)
+    for k in range(2):
+        for name in ("prompt_above", "prompt_below", "queue_work"):  # which do not see the requests that decode
+            assert quarter[k][name] == pytest.approx(0.75 * calm[k][name], abs=1e-5)
+        assert {full[k][name] for name in OF_QUEUES} == {0.0}
+    for name in ("crowded_work", "crowded_batch", "crowded_step"):
+        assert any(row[name] != 0.0 for row in full)
+    assert any(row["queue_work"] > 0.0 for row in calm)
+
+
+@pytest.mark.parametrize(("received", "last", "expected"), [(0, 1, [0, 0]), (7, 1, [0, 1]), (7, -1, [0, 0])])
+def test_requests_that_resume_may_stay_together(received: int, last: int, expected: list[float]) -> None:
+    request = RequestView(0, 2.0, 1.0, 800, last_engine=last, received_tokens=received)
+    engines, _ = dispatch_features(request, EngineViews(_engines(2)))
+    assert engines[:, ENGINE_FEATURE_NAMES.index("resumed")].tolist() == expected
 
 
 def test_cached_tokens_count_as_such_and_as_share_of_the_cache() -> None:

@@ -61,6 +61,23 @@ def test_randomised_sizes_leave_groups_as_they_are() -> None:
     assert sizes == {3, 4, 5}
 
 
+def test_groups_keep_their_proportions_where_a_size_allows_it() -> None:
+    config = _config(randomise={"engines": [2, 3, 8]})
+    counts = set()
+    for seed in range(30):
+        cluster, table, _ = EpisodeSource(config).draw(np.random.default_rng(seed), scenario=1)
+        counts.add(tuple(group.count for group in cluster.groups))
+        assert len(table) == 30
+    assert counts == {(6, 2)}
+    assert config.largest_cluster == 8
+
+
+def test_requests_may_grow_with_the_engines() -> None:
+    source = EpisodeSource(_config(randomise={"engines": [3, 8]}, requests_grow=True))
+    drawn = [source.draw(np.random.default_rng(seed), scenario=seed) for seed in range(30)]
+    assert {(cluster.size, len(table)) for cluster, table, _ in drawn} == {(3, 45), (8, 120), (8, 60)}
+
+
 def test_the_environment_plays_them() -> None:
     env = EngineDispatchEnv(_config())
     seen = {env.reset(seed=seed)[1]["engines"] for seed in range(12)}

@@ -41,6 +41,7 @@ from servegym.baselines.interface import (
     R_PREFIX_KEY,
     R_PRIORITY,
     R_PROMPT_TOKENS,
+    R_RECEIVED_TOKENS,
     R_SESSION,
     R_TURN,
     R_UNIFORM_0,
@@ -236,6 +237,7 @@ def fill_view(s: State, r: int, now: float) -> None:
     row[R_UNIFORM_0] = _uniform(s.seed, r, 0)
     row[R_UNIFORM_1] = _uniform(s.seed, r, 1)
     row[R_PREFIX_KEY] = prefix_key(s, r) if s.indexing else 0.0
+    row[R_RECEIVED_TOKENS] = request.generated
 
 
 @jit

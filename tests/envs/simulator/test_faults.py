@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import random_table
 
-from servegym.baselines.interface import E_TELEMETRY_AGE_S, E_WAITING
+from servegym.baselines.interface import E_TELEMETRY_AGE_S, E_WAITING, R_RECEIVED_TOKENS
 from servegym.baselines.registry import create
 from servegym.envs.simulator.cluster import SimulatedCluster
 from servegym.envs.simulator.config import ClusterConfig
@@ -44,6 +44,23 @@ def test_requests_of_a_dead_engine_are_served_elsewhere(toy_profile: str, reques
     assert (requests["engine"][requests["arrival_s"] > 4.0] == 0).any()
     assert (simulated.memory.engines["free_blocks"] == simulated.memory.engines["num_blocks"] - 1).all()
     _totals_are_exact(simulated)
+
+
+def test_the_router_knows_what_a_resumed_request_has_received(toy_profile: str) -> None:
+    fault = {"at_s": 2.0, "engine": 0, "kind": "die"}
+    cluster = ClusterConfig.model_validate({"profile": toy_profile, "engines": 2, "faults": [fault]})
+    simulated = SimulatedCluster(cluster, random_table(1, rate_rps=60.0), create("request", "fcfs"))
+    requests, resumed = simulated.memory.requests, 0
+    pending = simulated.next_decision()
+    while pending:
+        view = simulated.request_view()
+        row = requests[view.index]
+        assert view.received_tokens == row["generated"] == simulated.memory.request_row[R_RECEIVED_TOKENS]
+        assert (view.received_tokens > 0) == (0.0 < row["first_s"] <= view.now_s)
+        assert row["retries"] > 0 or view.received_tokens == 0
+        resumed += view.received_tokens > 0
+        pending = simulated.dispatch(view.index % 2 if simulated.engine_views().available[0] else 1)
+    assert 0 < resumed < requests["retries"].sum()
 
 
 def test_requests_wait_for_an_engine_when_all_are_dead(toy_profile: str) -> None:
