@@ -6,7 +6,7 @@ from typing import Literal
 
 from servegym.engine_bridge.decisions import Level
 
-Prior = Literal["lmetric", "least_requests", "general", "shortest", "aged", "oldest", "none"]
+Prior = Literal["lmetric", "least_requests", "shortest", "aged", "oldest", "general", "none"]
 
 # Factors of a candidate's features in the key of the heuristic, lower is better. The features are logarithms: LMetric's
 # product of prefill work and batch size becomes a sum, and so does a response ratio.

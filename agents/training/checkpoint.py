@@ -16,7 +16,7 @@ import torch
 from servegym.agents.training.episodes import EpisodeVecEnv
 from servegym.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def capture(model: Any, envs: EpisodeVecEnv, best_objective: float) -> dict[str, Any]:

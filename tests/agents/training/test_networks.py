@@ -9,11 +9,13 @@ from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 
-from servegym.agents.networks import MaskableSetPolicy, SetPolicy
+from servegym.agents.networks import Actor, MaskableSetPolicy, SetPolicy
+from servegym.agents.priors import PRIORS
 from servegym.agents.training.episodes import EpisodeVecEnv
 from servegym.baselines import registry
 from servegym.baselines.features import ENGINE_FEATURES, REQUEST_FEATURES, fill_dispatch_features
 from servegym.baselines.interface import E_AVAILABLE, EngineViews, RequestView, pick
+from servegym.engine_bridge.decisions import DECISIONS, Level
 from servegym.engine_bridge.golden import draw_dispatch
 
 
@@ -124,6 +126,16 @@ def test_the_untrained_policy_chooses_as_its_heuristic(prior: str) -> None:
         scores = heuristic.score(view, EngineViews(matrix))
         chosen, wanted = int(logits.argmax()), pick(scores, matrix[:, E_AVAILABLE])
         assert scores[chosen] == pytest.approx(scores[wanted], rel=1e-6)
+
+
+@pytest.mark.parametrize("layer", DECISIONS)
+def test_every_prior_is_of_features_of_its_layer(layer: Level) -> None:
+    for prior, factors in PRIORS[layer].items():
+        actor = Actor(DECISIONS[layer], width=1)
+        actor.start_from(prior, 2.0)
+        weights = dict(zip(DECISIONS[layer].item_names, actor.prior.weight[0].tolist(), strict=True))
+        wanted = {name: -2.0 * factor for name, factor in factors.items()}
+        assert {name: weight for name, weight in weights.items() if weight} == pytest.approx(wanted)
 
 
 def test_without_a_prior_the_untrained_policy_is_uniform() -> None:
