@@ -251,7 +251,7 @@ def fill_dispatch_features(
         out[32] = out[19] * crowding
         out[33] = out[17] * crowding
     last = int(request[R_LAST_ENGINE])
-    if request[R_RECEIVED_TOKENS] > 0.0 and last >= 0 and engines[last, E_AVAILABLE] > 0.0:
+    if request[R_RECEIVED_TOKENS] > 0.0 and 0 <= last < engines.shape[0] and engines[last, E_AVAILABLE] > 0.0:
         engine_features[last, 34] = 1.0
     request_features[0] = math.log(prompt * 1e-3)
     request_features[1] = 1.0 / (1.0 + request[R_DEADLINE_S])

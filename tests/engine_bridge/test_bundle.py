@@ -70,7 +70,7 @@ DAMAGES = {
     "feature order": (lambda f: edit(f, swap_features), "logits differ by"),
     "unknown feature": (
         lambda f: edit(f, lambda c: c["item_features"].append("colour")),
-        "item_features.31: 'colour' is not computed by this version",
+        f"item_features.{len(ENGINE_FEATURES)}: 'colour' is not computed by this version",
     ),
     "feature twice": (
         lambda f: edit(f, lambda c: c["context_features"].append("priority")),

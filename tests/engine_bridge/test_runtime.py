@@ -24,6 +24,7 @@ from servegym.baselines.interface import (
     R_LAST_ENGINE,
     R_PRIORITY,
     R_PROMPT_TOKENS,
+    R_RECEIVED_TOKENS,
     R_TURN,
     EngineViews,
     QueueView,
@@ -49,6 +50,7 @@ def views(row: np.ndarray, matrix: np.ndarray) -> tuple[RequestView, EngineViews
         deadline_s=row[4],
         turn=int(row[R_TURN]),
         last_engine=int(row[R_LAST_ENGINE]),
+        received_tokens=int(row[R_RECEIVED_TOKENS]),
     )
     return request, EngineViews(matrix)
 
@@ -89,6 +91,7 @@ def test_equal_engines_take_turns_and_unavailable_ones_none(bundle) -> None:
     row, matrix = draw_dispatch(np.random.default_rng(0))
     matrix = np.repeat(matrix[:1], 4, axis=0)
     matrix[:, E_AVAILABLE] = [1, 1, 0, 1]
+    row[R_RECEIVED_TOKENS] = 0.0  # one that resumes may follow the last
     chosen = []
     for last in (-1, 0, 1, 3):
         row[R_LAST_ENGINE] = last
