@@ -52,7 +52,7 @@ class EpisodeConfig(Config):
         default=1000, description="requests of an episode, but where a scenario's workload says how many"
     )
     requests_grow: bool = Field(
-        default=False, description="that number is for the cluster's own engines, and grows with those that are drawn"
+        default=False, description="an episode's requests grow from the cluster's own engines to those that are drawn"
     )
     random_end: bool = Field(default=False, description="geometric number of requests with that mean, a memoryless end")
     reward: RewardConfig = Field(default=RewardConfig(), description="weights of the parts of the reward")

@@ -74,7 +74,7 @@ class EpisodeSource:
             load = draw(config.load, rng)
         count = (source.choice.requests if config.scenarios else None) or config.episode_requests
         if config.requests_grow:
-            count = count * cluster.size // base.size
+            count = max(count * cluster.size // base.size, 1)
         if config.random_end:
             count = int(rng.geometric(1.0 / count))
         if config.live is not None:
