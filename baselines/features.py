@@ -125,9 +125,10 @@ ENGINE_FEATURES: tuple[Feature, ...] = (
 )
 """Of an engine. New ones come last and none changes its meaning: bundles name those that they were trained with.
 
-*Crowding* says how full the fullest engine is: 0 where 70 % of its ``max_num_seqs`` decode, 1 from 90 % on. Then
-requests wait for a slot in the batch and no longer for prefill. *Queueing* is ``D / (1 + D) x (1 - crowding)`` for
-``D`` the mean seconds of outstanding prefill of an engine: sizes are kept apart while it is prefill that waits.
+*Crowding* says how full the fullest engine is, of more than 16 the fullest sixteenth: 0 where 70 % of its
+``max_num_seqs`` decode, 1 from 90 % on. Then requests wait for a slot in the batch and no longer for prefill.
+*Queueing* is ``D / (1 + D) x (1 - crowding)`` for ``D`` the mean seconds of outstanding prefill of an engine: sizes are
+kept apart while it is prefill that waits.
 """
 
 REQUEST_FEATURES: tuple[Feature, ...] = (
@@ -146,6 +147,7 @@ REQUEST_FEATURE_NAMES = tuple(feature.name for feature in REQUEST_FEATURES)
 _LARGEST_PRESSURE = math.e  # beyond it, a rank is as loaded as any; the inverse bounds idle ones
 _LARGEST_SIZE = 2.0  # beyond it, a prompt is as large as any: the rarest ones must not outweigh all else
 _CROWDED_FROM, _CROWDED_TO = 0.7, 0.9  # shares of max_num_seqs
+_CROWD = 16  # engines of which one may be full: of more, one is by chance
 _RELATIVE_TO = ((18, 0), (19, 1), (20, 7))  # relative feature -> the feature whose minimum it is relative to
 
 
@@ -166,6 +168,22 @@ def _expected_ttft_s(request: FloatArray, engine: FloatArray, tokens: float) -> 
     if running > 0.0:
         left = max(step + token * running - (request[R_NOW_S] - engine[E_FIRST_TOKEN_S]), 0.0)
     return left + step + token * (fresh + tokens)
+
+
+@compiled
+def _decoding_share(engine: FloatArray) -> float:
+    return (engine[E_INFLIGHT] - engine[E_PREFILL_REQUESTS]) / engine[E_MAX_NUM_SEQS]
+
+
+@compiled
+def _nth_decoding_share(engines: FloatArray, n: int) -> float:
+    """Return the n-th largest share over the available engines."""
+    shares = np.zeros(engines.shape[0])
+    for i in range(engines.shape[0]):
+        if engines[i, E_AVAILABLE] > 0.0:
+            shares[i] = _decoding_share(engines[i])
+    shares.sort()
+    return float(shares[engines.shape[0] - n])
 
 
 @compiled
@@ -219,8 +237,7 @@ def fill_dispatch_features(
         out[28] = 10.0 * math.log(pressure)
         out[29] = math.log((engine[E_UNCACHED_TOKENS] + prompt - hit) * 1e-3)
         out[30] = math.log(10.0 * _expected_ttft_s(request, engine, prompt - hit))
-        decoding = engine[E_INFLIGHT] - engine[E_PREFILL_REQUESTS]
-        fullest = max(fullest, decoding / engine[E_MAX_NUM_SEQS])
+        fullest = max(fullest, _decoding_share(engine))
         sum_delay += engine[E_PREFILL_TOKENS] / engine[E_PREFILL_TOKENS_PER_S]
         sum_prompts += engine[E_INFLIGHT_PROMPT_TOKENS]
         sum_inflight += engine[E_INFLIGHT]
@@ -237,6 +254,8 @@ def fill_dispatch_features(
             if engines[i, E_AVAILABLE] > 0.0:
                 engine_features[i, relative] = engine_features[i, base] - lowest
     present = max(count, 1)
+    if count > _CROWD:
+        fullest = _nth_decoding_share(engines, (count + _CROWD - 1) // _CROWD)
     crowding = min(max((fullest - _CROWDED_FROM) / (_CROWDED_TO - _CROWDED_FROM), 0.0), 1.0)
     queueing = sum_delay / (present + sum_delay) * (1.0 - crowding)
     size = min(max(math.log(prompt * sum_inflight / sum_prompts), -_LARGEST_SIZE), _LARGEST_SIZE)

@@ -131,6 +131,18 @@ def test_where_slots_run_out_sizes_fade_and_work_counts() -> None:
     assert any(row["queue_work"] > 0.0 for row in calm)
 
 
+@pytest.mark.parametrize(("engines", "full", "crowded"), [(16, 1, 1.0), (17, 1, 0.0), (17, 2, 1.0), (33, 2, 0.0)])
+def test_of_many_engines_some_may_be_full(engines: int, full: int, crowded: float) -> None:
+    data = np.repeat(_engines(1), engines + 1, axis=0)
+    data[:, [E_INFLIGHT, E_PREFILL_REQUESTS]] = 10.0, 0.0
+    data[:full, E_INFLIGHT] = 256.0
+    data[-1, [E_AVAILABLE, E_INFLIGHT]] = 0.0, 256.0  # which counts for nothing
+    row = _named(data, 800)[0]
+    assert (
+        row["crowded_batch"] == pytest.approx(crowded * row["relative_batch"], abs=1e-6) and row["relative_batch"] > 0.0
+    )
+
+
 @pytest.mark.parametrize(("received", "last", "expected"), [(0, 1, [0, 0]), (7, 1, [0, 1]), (7, -1, [0, 0])])
 def test_requests_that_resume_may_stay_together(received: int, last: int, expected: list[float]) -> None:
     request = RequestView(0, 2.0, 1.0, 800, last_engine=last, received_tokens=received)
