@@ -106,7 +106,7 @@ class Search:
         write_json(run.done, outcome)
 
     def _passed(self, period: int) -> bool:
-        return self._steps // period > (self._steps - self._last) // period
+        return self._steps // period > (self._steps - self._decisions[-1]) // period
 
     def _generation(self, scalars: SearchScalars) -> None:
         candidates = [self._optimizer.ask() for _ in range(self._optimizer.population_size)]
@@ -121,7 +121,6 @@ class Search:
         self._optimizer.tell(list(zip(candidates, costs, strict=True)))
         self._costs.append(list(costs))
         self._decisions.append(decisions)
-        self._last = decisions
         self._steps += decisions
         for part, vector in self._split(self._optimizer.mean).items():
             self._parts[part].vector = vector
